@@ -1,0 +1,15 @@
+"""Shared by every room: the device under test and quiet libraries."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if os.environ.get("REFLOW_TEST_DEVICE", "cpu") == "cpu" else "cuda")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device the tests run on: REFLOW_TEST_DEVICE, by default the CPU."""
+    return torch.device(os.environ.get("REFLOW_TEST_DEVICE", "cpu"))
