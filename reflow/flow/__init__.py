@@ -1,0 +1,25 @@
+"""The maths of few-step flows: schedules, predictions, windows, chords, the teacher's solve, targets and losses.
+
+Imports torch and reflow_kernels only. Time runs from t=1 (noise) to t=0 (data) in every function.
+"""
+
+from .chord import PREDICTION_TYPES, ChordTable
+from .schedule import EDM, VE, ContinuousVP, DiscreteVP, Rectified, Schedule, index, network_time
+from .solver import WindowSolver
+from .windows import Windows, snap
+
+__all__ = [
+    "EDM",
+    "PREDICTION_TYPES",
+    "VE",
+    "ChordTable",
+    "ContinuousVP",
+    "DiscreteVP",
+    "Rectified",
+    "Schedule",
+    "WindowSolver",
+    "Windows",
+    "index",
+    "network_time",
+    "snap",
+]

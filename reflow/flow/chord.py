@@ -1,0 +1,172 @@
+"""The chord: inside a window alpha and sigma are linear in t between the window's two boundary values.
+
+Time runs from t=1 (noise) to t=0 (data), so dt = t_end - t_start < 0, and tau = (t - t_start)/dt runs from 0 to 1 inside a
+window. One schedule serves every parameterisation of a student: with x^, eps^ read from its output on the chord,
+
+    velocity = ((A_e - A_s) x^ + (S_e - S_s) eps^) / (t_e - t_s)        A, S: alpha, sigma at the window's start (s), end (e)
+
+which is PeRFlow's closed form (arXiv 2405.07510, equation 6; methods.md 2.4) for eps networks, gives v-prediction bases the
+same treatment and stays finite for them at zero terminal SNR. All coefficients are [B] tensors on the table's device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .prediction import expand
+from .schedule import Schedule
+from .windows import Windows
+
+PREDICTION_TYPES = ("ddim_eps", "ddim_v", "diff_eps", "velocity")
+# Below this alpha an eps output says nothing about the data: x^ = (z - sigma eps^)/alpha amplifies its error 1000 times.
+MIN_ALPHA = 1e-3
+
+
+class ChordTable:
+    """Constants of K windows on a schedule and the student's reading of its output in them.
+
+    prediction_type is "ddim_eps", "ddim_v" (ordinary eps- and v-prediction read on the chord), "diff_eps" (ddim_eps with a
+    per-window rescale, the published PeRFlow SD1.5 weights; methods.md 2.3) or "velocity" (the output is the velocity).
+    Computed in fp64, kept as `dtype` [K] tensors on `device`:
+
+    t_start, t_end, dt              the window, dt < 0
+    alpha_start, sigma_start, alpha_end, sigma_end   the schedule at its boundaries
+    speed                           root mean square of v_target for unit-variance x0 and one constant eps: the size that an
+                                    error in velocity should be compared with (methods.md 1.2)
+
+    Raises ValueError for an unknown prediction type and for an eps type in a window whose start carries no signal.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        windows: Windows,
+        prediction_type: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if prediction_type not in PREDICTION_TYPES:
+            known = ", ".join(f'"{name}"' for name in PREDICTION_TYPES)
+            raise ValueError(f'prediction_type "{prediction_type}" is not known for a student; known are {known}.')
+        self.schedule, self.windows, self.prediction_type = schedule, windows, prediction_type
+        self.device, self.dtype = torch.device(device), dtype
+
+        times = torch.tensor(windows.boundaries, dtype=torch.float64)
+        alpha, sigma = schedule.alpha_sigma(times)
+        a_s, s_s, a_e, s_e, dt = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], times[1:] - times[:-1]
+        if prediction_type in ("ddim_eps", "diff_eps") and bool((a_s < MIN_ALPHA).any()):
+            k = int((a_s < MIN_ALPHA).nonzero()[0])
+            raise ValueError(
+                f'prediction_type "{prediction_type}" cannot be used in window {k}, which starts at t={windows.t_start[k]:g} with '
+                f"alpha={float(a_s[k]):.2g}: at zero terminal SNR a noise prediction says nothing about the image; use "
+                '"ddim_v" or "velocity", or a schedule without the rescaling to zero terminal SNR.'
+            )
+        cross = s_e * a_s - a_e * s_s
+        if bool((cross.abs() < 1e-9).any()):
+            k = int((cross.abs() < 1e-9).nonzero()[0])
+            raise ValueError(f"Window {k} has the same noise level at both ends of its schedule; make it wider.")
+        d_a, d_s = a_e - a_s, s_e - s_s
+        scale = torch.ones_like(dt)
+        if prediction_type == "diff_eps":
+            # z_s is z_e diffused forward: z_s = g z_e + sqrt(S_s^2 - g^2 S_e^2) eps with g = A_s/A_e
+            g = a_s / a_e
+            scale = -torch.sqrt(s_s**2 - (g * s_e) ** 2) / g / (cross / a_s)
+
+        def keep(value: Tensor) -> Tensor:
+            return value.to(device=self.device, dtype=dtype)
+
+        self.t_start, self.t_end, self.dt = keep(times[:-1]), keep(times[1:]), keep(dt)
+        self.alpha_start, self.sigma_start = keep(a_s), keep(s_s)
+        self.alpha_end, self.sigma_end = keep(a_e), keep(s_e)
+        self.speed = keep(torch.sqrt(d_a**2 + d_s**2) / dt.abs())
+        # velocity slopes of the chord, and the constants of d(r^2)/dt and of the cross term, free of cancellation
+        self._alpha_rate, self._sigma_rate = keep(d_a / dt), keep(d_s / dt)
+        self._radial = keep((d_a * a_s + d_s * s_s) / dt), keep((d_a**2 + d_s**2) / dt)
+        self._cross_rate = keep(cross / dt)
+        self._eps_rate = keep(scale * cross / dt)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ChordTable:
+        """The same table on another device or in another dtype, computed afresh in fp64."""
+        return ChordTable(self.schedule, self.windows, self.prediction_type, device=device, dtype=dtype or self.dtype)
+
+    def time(self, window: Tensor, tau: Tensor) -> Tensor:
+        """t = t_start + tau dt, [B], for tau in [0, 1]."""
+        return torch.lerp(self.t_start[window], self.t_end[window], tau.to(self.dtype))
+
+    def tau(self, window: Tensor, t: Tensor) -> Tensor:
+        """Place inside the window, [B]: 0 at t_start (noisy), 1 at t_end (clean)."""
+        return (t.to(self.dtype) - self.t_start[window]) / self.dt[window]
+
+    def alpha_sigma(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Chord-linear (alpha, sigma) at times t in window numbers `window`, both [B]."""
+        return self._at(window, self.tau(window, t))
+
+    def _at(self, window: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = torch.lerp(self.alpha_start[window], self.alpha_end[window], tau)
+        return alpha, torch.lerp(self.sigma_start[window], self.sigma_end[window], tau)
+
+    def velocity_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(sample_coef, output_coef), both [B]: velocity^ = sample_coef * z_t + output_coef * output. Velocity: (0, 1)."""
+        if self.prediction_type == "velocity":
+            zero = torch.zeros_like(self.dt[window])
+            return zero, torch.ones_like(zero)
+        tau = self.tau(window, t)
+        alpha, sigma = self._at(window, tau)
+        if self.prediction_type == "ddim_v":
+            r2 = alpha * alpha + sigma * sigma
+            start, growth = self._radial
+            return (start[window] + tau * growth[window]) / r2, self._cross_rate[window] / torch.sqrt(r2)
+        return self._alpha_rate[window] / alpha, self._eps_rate[window] / alpha
+
+    def end_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(p, q), both [B]: the window's end seen from z_t, z_end^ = z_t + (t_end - t) velocity^ = p z_t + q output."""
+        sample_coef, output_coef = self.velocity_coefficients(window, t)
+        remaining = self.t_end[window] - t.to(self.dtype)
+        return 1.0 + remaining * sample_coef, remaining * output_coef
+
+    def output_target_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, n), both [B]: the output that reads as velocity v at z_t is m z_t + n v, the inverse of velocity_coefficients."""
+        sample_coef, output_coef = self.velocity_coefficients(window, t)
+        return -sample_coef / output_coef, 1.0 / output_coef
+
+    def eps_weight(self, window: Tensor, t: Tensor) -> Tensor:
+        """[B] factor that turns a velocity MSE into the eps-space MSE of the same prediction (methods.md 2.6, squared).
+
+        diff_eps counts its own, rescaled noise; every other type counts the noise eps^ that its velocity implies at z_t. Finite for
+        all of them: 0 where the chord's alpha is 0.
+        """
+        alpha, _ = self.alpha_sigma(window, t)
+        return (alpha / self._eps_rate[window]) ** 2
+
+    def add_noise(self, x0: Tensor, noise: Tensor, window: Tensor, t: Tensor) -> Tensor:
+        """alpha x0 + sigma noise on the chord, [B, ...] in the table's dtype; window and t are [B]."""
+        alpha, sigma = self.alpha_sigma(window, t)
+        return self._mix(x0, noise, alpha, sigma)
+
+    def start(self, x0: Tensor, noise: Tensor, window: Tensor) -> Tensor:
+        """z at the window's noisy end, A_s x0 + S_s noise, [B, ...] in the table's dtype (PeRFlow's noised real start)."""
+        return self._mix(x0, noise, self.alpha_start[window], self.sigma_start[window])
+
+    def _mix(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        x0, noise = x0.to(self.dtype), noise.to(self.dtype)
+        return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
+
+
+def perflow_constants(alpha_start: float, sigma_start: float, alpha_end: float, sigma_end: float) -> dict[str, float]:
+    """PeRFlow's per-window constants on a VP schedule: L, E of ddim_eps and E of diff_eps (methods.md 2.3).
+
+    z_end = L z_start + E eps. Used to read and to check published weights; the table itself needs none of them.
+    """
+    lam = alpha_end / alpha_start
+    return {
+        "lambda": lam,
+        "eta_ddim_eps": sigma_end - lam * sigma_start,
+        "eta_diff_eps": -lam * math.sqrt(1.0 - (alpha_start / alpha_end) ** 2),
+    }
