@@ -102,8 +102,14 @@ class WindowSolver:
         use the velocity of a window that has ended.
         """
         grid = time_grid(windows, steps)
+        known = table.windows.boundaries
+        if windows.boundaries[0] > known[0] + 1e-4 or windows.boundaries[-1] < known[-1] - 1e-4:
+            raise ValueError(
+                f"The windows run from {windows.boundaries[0]:g} to {windows.boundaries[-1]:g}, but the student was trained from "
+                f"{known[0]:g} to {known[-1]:g} only; solve inside the times that it knows."
+            )
         for k in range(len(windows)):
-            for inner in table.windows.boundaries[1:-1]:
+            for inner in known[1:-1]:
                 inside = windows.t_end[k] + 1e-4 < inner < windows.t_start[k] - 1e-4
                 if inside and float((grid[:, k] - inner).abs().min()) > 1e-4:
                     raise ValueError(
