@@ -4,6 +4,14 @@ Imports torch and reflow_kernels only. Time runs from t=1 (noise) to t=0 (data) 
 """
 
 from .chord import PREDICTION_TYPES, ChordTable
+from .objective import (
+    chord_loss,
+    sample_tau,
+    schedule_end_coefficients,
+    schedule_loss,
+    schedule_point,
+    time_weight,
+)
 from .schedule import EDM, VE, ContinuousVP, DiscreteVP, Rectified, Schedule, index, network_time
 from .solver import WindowSolver
 from .windows import Windows, snap
@@ -19,7 +27,13 @@ __all__ = [
     "Schedule",
     "WindowSolver",
     "Windows",
+    "chord_loss",
     "index",
     "network_time",
+    "sample_tau",
+    "schedule_end_coefficients",
+    "schedule_loss",
+    "schedule_point",
     "snap",
+    "time_weight",
 ]

@@ -180,10 +180,10 @@ class WindowSolver:
             return value if rows == 1 else torch.cat([value, value])
 
         def advance(state: Tensor, output: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return guided_step(state, output, a, b, guidance_scale=self.guidance_scale, input_dtype=input_dtype)
+            return guided_step(state, output, a, b, guidance_scale=self.guidance_scale, input_dtype=cast)
 
-        z = z_start.to(self.dtype)
-        model_input = doubled(z if input_dtype is None else z.to(input_dtype))
+        z, cast = z_start.to(self.dtype), input_dtype or self.dtype
+        model_input = doubled(z.to(cast))
         state, output, timestep = self._state[:, window], self._output[:, window], self._timestep[:, window]
         if self._corrector is None:
             for i in range(self.steps):
