@@ -1,0 +1,124 @@
+"""Which backend runs an op, and why.
+
+``backend`` is "auto", "triton" or "torch". The order of precedence is the environment variable
+REFLOW_KERNELS_BACKEND, the op's own argument, then :func:`configure`. "auto" takes Triton on a GPU and PyTorch elsewhere.
+The choice and its reason are logged once; a fallback on a GPU is a warning, and an error where ``strict`` is set.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("reflow_kernels")
+
+BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT = "REFLOW_KERNELS_BACKEND"
+OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine")
+MINIMUM_CAPABILITY = (7, 0)
+
+_defaults: dict = {"backend": "auto", "strict": False}
+_said: set[tuple[str, ...]] = set()
+
+
+def configure(*, backend: str | None = None, strict: bool | None = None) -> None:
+    """Set the process-wide backend and strictness that ops use when they are called without their own."""
+    if backend is not None:
+        _defaults["backend"] = _checked(backend, "backend")
+    if strict is not None:
+        _defaults["strict"] = bool(strict)
+
+
+def is_strict(strict: bool) -> bool:
+    return strict or _defaults["strict"]
+
+
+def select(op: str, device: torch.device, backend: str = "auto", strict: bool = False) -> str:
+    """"triton" or "torch" for this call. Raises RuntimeError where the asked backend cannot run."""
+    asked, source = _asked(backend)
+    chosen, reason, fallback = _resolve(asked, source, device.type, device.index)
+    if fallback and is_strict(strict):
+        raise RuntimeError(f"{op} cannot use Triton on {device}: {reason}. Install what is missing, or drop strict.")
+    say_once(logging.WARNING if fallback else logging.INFO, f"{op} uses the {chosen} backend: {reason}")
+    return chosen
+
+
+def triton_module(name: str) -> ModuleType:
+    """The module that holds an op's kernels, imported at the first use so that Triton stays optional."""
+    return importlib.import_module(f"{__package__}.{name}_kernels")
+
+
+def backend_report(device: torch.device | str | None = None) -> list[tuple[str, str, str]]:
+    """(op, backend, reason) for every op on ``device`` (default: the GPU if there is one, else the CPU)."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        asked, source = _asked("auto")
+        backend, reason, _ = _resolve(asked, source, device.type, device.index)
+    except (RuntimeError, ValueError) as error:
+        backend, reason = "none", str(error)
+    return [(op, backend, reason) for op in OPS]
+
+
+def say_once(level: int, message: str) -> None:
+    """Log a message the first time it is said in this process."""
+    key = (str(level), message)
+    if key not in _said:
+        _said.add(key)
+        logger.log(level, message)
+
+
+def _asked(backend: str) -> tuple[str, str]:
+    """The backend somebody asked for, and who asked."""
+    override = os.environ.get(ENVIRONMENT, "")
+    if override:
+        return _checked(override, ENVIRONMENT), ENVIRONMENT
+    if _checked(backend, "backend") != "auto":
+        return backend, "the backend argument"
+    return _defaults["backend"], "reflow_kernels.configure"
+
+
+def _checked(backend: str, name: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{name} is {backend!r}; expected one of 'auto', 'triton', 'torch'.")
+    return backend
+
+
+@functools.lru_cache(maxsize=None)
+def _resolve(asked: str, source: str, device_type: str, index: int | None) -> tuple[str, str, bool]:
+    """(backend, reason, is this a fallback from what the device could do)."""
+    if asked == "torch":
+        return "torch", f"{source} asks for it", False
+    obstacle = _obstacle(device_type, index)
+    if asked == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"{source} asks for the triton backend, but {obstacle}. Use 'auto' or 'torch' instead.")
+        return "triton", f"{source} asks for it", False
+    if device_type == "cuda":
+        if obstacle is None:
+            return "triton", "the tensors are on a GPU", False
+        return "torch", obstacle, True
+    return "torch", f"the tensors are on the device type {device_type!r}", False
+
+
+def _obstacle(device_type: str, index: int | None) -> str | None:
+    """Why Triton cannot run on this device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu":
+        return None if interpreting() else "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if device_type != "cuda":
+        return f"the tensors are on the device type {device_type!r}, which these kernels do not run on"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
+        return f"compute capability {torch.cuda.get_device_capability(index)} is below {MINIMUM_CAPABILITY}"
+    return None
+
+
+def interpreting() -> bool:
+    """True where Triton's CPU interpreter was asked for; it must be so before triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

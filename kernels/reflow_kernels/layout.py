@@ -1,0 +1,85 @@
+"""Memory layout: which operands a kernel may read in place.
+
+A kernel walks a sample as one flat run of N elements, so the dimensions after the first must be dense in one stride
+order that all operands share (contiguous, channels_last, ...). The batch stride is free: slices along the batch or of
+channels, and expanded batches, are read in place. Sizes of 1 carry no order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides of the dimensions after the first if they are dense in some order (sizes of 1 count 0), else None."""
+    dims = [dim for dim in range(1, tensor.dim()) if tensor.shape[dim] != 1]
+    strides = [0] * (tensor.dim() - 1)
+    expected = 1
+    for dim in sorted(dims, key=tensor.stride):
+        if tensor.stride(dim) != expected:
+            return None
+        strides[dim - 1] = expected
+        expected *= tensor.shape[dim]
+    return tuple(strides)
+
+
+def contiguous_order(shape: Sequence[int]) -> tuple[int, ...]:
+    """The order of a contiguous tensor of this shape."""
+    strides = [0] * (len(shape) - 1)
+    expected = 1
+    for dim in range(len(shape) - 1, 0, -1):
+        if shape[dim] != 1:
+            strides[dim - 1] = expected
+            expected *= shape[dim]
+    return tuple(strides)
+
+
+def leading_order(tensor: Tensor) -> tuple[int, ...]:
+    """The order that outputs and operands follow: that of the leading operand where it is dense, else contiguous."""
+    return dense_order(tensor) or contiguous_order(tensor.shape)
+
+
+def strides(leading: Sequence[int], sample_shape: Sequence[int], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor [*leading, *sample_shape] whose samples are in ``order``, dense over the leading dimensions."""
+    outer = []
+    stride = math.prod(sample_shape)
+    for size in reversed(leading):
+        outer.append(stride)
+        stride *= size
+    return (*reversed(outer), *(inner or 1 for inner in order))
+
+
+def empty(leading: Sequence[int], like: Tensor, order: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor [*leading, *like.shape[1:]] with its samples in ``order``."""
+    sample_shape = like.shape[1:]
+    layout = strides(leading, sample_shape, order)
+    return torch.empty_strided((*leading, *sample_shape), layout, dtype=dtype or like.dtype, device=like.device)
+
+
+def settle(result: Tensor, order: tuple[int, ...]) -> Tensor:
+    """``result`` with its samples in ``order`` as a fake kernel promised it: itself if it is so already, else a copy."""
+    inner = len(order)
+    leading, sample_shape = result.shape[: result.dim() - inner], result.shape[result.dim() - inner :]
+    wanted = strides(leading, sample_shape, order)
+    if all(size == 1 or a == b for size, a, b in zip(result.shape, result.stride(), wanted, strict=True)):
+        return result
+    return torch.empty_strided(result.shape, wanted, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def in_order(op: str, name: str, tensor: Tensor, order: tuple[int, ...], strict: bool) -> Tensor:
+    """``tensor`` with its samples dense in ``order``: itself, or a copy that is said once and refused under strict."""
+    if dense_order(tensor) == order:
+        return tensor
+    reason = f"{op}: {name} has strides {tuple(tensor.stride())}, which do not follow the leading operand's order"
+    if dispatch.is_strict(strict):
+        raise ValueError(f"{reason} {order}; strict refuses the copy. Bring it to that memory format first.")
+    dispatch.say_once(logging.WARNING, f"{reason} {order}; it is copied at every call")
+    copy = empty((tensor.shape[0],), tensor, order)
+    return copy.copy_(tensor)
