@@ -1,0 +1,9 @@
+"""Sampling: the diffusers scheduler of a windowed student, guidance schedules, and a plain loop for evaluation."""
+
+# diffusers looks for `SchedulerMixin` in the module that model_index.json names, which is this one.
+from diffusers import SchedulerMixin
+
+from reflow.sampling.guidance import guidance_callback, guidance_scales
+from reflow.sampling.piecewise import PiecewiseFlowScheduler, StepsError
+
+__all__ = ["PiecewiseFlowScheduler", "SchedulerMixin", "StepsError", "guidance_callback", "guidance_scales"]
