@@ -103,6 +103,22 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
                 config.pop("window_boundaries", None)  # the caller asked for uniform windows
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    @classmethod
+    def for_student(cls, scheduler_config: Mapping[str, Any], windows: int | Windows, *, prediction_type: str | None = None,
+                    network_time: str = "index") -> PiecewiseFlowScheduler:
+        """The scheduler of a student trained on ``windows`` of the base whose scheduler has this config.
+
+        ``windows`` is their number, if uniform, or the windows themselves; prediction_type None means the base's own.
+        """
+        if isinstance(windows, Windows):
+            first, last = windows.boundaries[0], windows.boundaries[-1]
+            uniform = windows == Windows.uniform(len(windows), first, last)
+            split = dict(num_time_windows=len(windows), t_noise=first, t_clean=last) if uniform else dict(window_boundaries=windows.boundaries)
+        else:
+            split = dict(num_time_windows=windows)
+        return cls.from_config(scheduler_config, network_time=network_time, **split,
+                               **({} if prediction_type is None else {"prediction_type": prediction_type}))
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 

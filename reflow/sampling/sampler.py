@@ -1,0 +1,170 @@
+"""A plain sampling loop in latents, for validation and evaluation: no pipeline object, one noise per seed.
+
+Time runs from t=1 (noise) to t=0 (data). A sample depends on its own seed and prompt only: not on the batch it is drawn in
+(beyond rounding), nor on the device that makes the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from reflow_kernels import cfg_combine
+from torch import nn
+
+from reflow.errors import UserError
+from reflow.flow import DiscreteVP, Windows, WindowSolver
+from reflow.models.family import Base, Conditioning, denoise
+from reflow.sampling.guidance import Guidance, guidance_scales
+from reflow.sampling.piecewise import PiecewiseFlowScheduler
+
+
+@dataclass(frozen=True)
+class Samples:
+    """latents [B,C,h,w] fp32, scaled as the UNet sees them; images [B,c,H,W] fp32 in [-1,1], None if not decoded; evaluations:
+    UNet rows spent on each sample. Tensors lie on the network's device."""
+
+    latents: torch.Tensor
+    images: torch.Tensor | None
+    evaluations: int
+
+
+def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise [B, *shape] fp32 on the CPU; row i comes from a CPU generator of its own, seeded with seeds[i]."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+# z_start [B,C,h,w], the prompts' conditioning, the null prompt's (None if never guided) -> z at t=0
+Solve = Callable[[torch.Tensor, Conditioning, Conditioning | None], torch.Tensor]
+
+
+def sample(
+    base: Base,
+    unet: nn.Module,
+    prompts: Sequence[str] | Conditioning,
+    steps: int,
+    seeds: Sequence[int],
+    *,
+    windows: int | Windows | None = None,
+    scheduler: PiecewiseFlowScheduler | None = None,
+    prediction_type: str | None = None,
+    network_time: str = "index",
+    guidance_scale: Guidance = 1.0,
+    null: Conditioning | None = None,
+    noise: torch.Tensor | None = None,
+    resolution: int | None = None,
+    batch_size: int | None = None,
+    decode: bool = True,
+) -> Samples:
+    """Draw len(seeds) samples from a few-step student.
+
+    Give ``windows`` (their number or the windows; prediction_type None is the base's own) or a ready ``scheduler``. guidance_scale is a
+    number or one for each step, as in :func:`guidance_scales`; steps at 1 or below do not compute the unconditional half. ``prompts``
+    may be a ready Conditioning with one row a seed; ``null`` (one row) then replaces the base's null prompt. ``noise`` [B,C,h,w]
+    replaces the seeds' own. Raises UserError for fewer steps than windows and for prompts and seeds that differ in number.
+    """
+    if (windows is None) == (scheduler is None):
+        raise ValueError("sample needs either windows or a scheduler, not both")
+    if scheduler is None:
+        scheduler = PiecewiseFlowScheduler.for_student(base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time)
+    scales = guidance_scales(guidance_scale, steps)
+    parameter = next(unet.parameters())
+    scheduler.set_timesteps(steps, device=parameter.device)
+
+    def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
+        both = null.cat(prompt) if null is not None else None
+        for timestep, scale in zip(scheduler.timesteps, scales, strict=True):
+            if scale > 1:
+                output = denoise(unet, torch.cat([z, z]).to(parameter.dtype), timestep.expand(2 * len(z)), both)
+                output = cfg_combine(output.float(), scale)
+            else:
+                output = denoise(unet, z.to(parameter.dtype), timestep.expand(len(z)), prompt)
+            z = scheduler.step(output, timestep, z).prev_sample
+        return z
+
+    guided = any(scale > 1 for scale in scales)
+    return _collect(base, unet, prompts, seeds, solve, guided, sum(2 if scale > 1 else 1 for scale in scales),
+                    null, noise, resolution, batch_size, decode)
+
+
+def sample_teacher(
+    base: Base,
+    unet: nn.Module,
+    prompts: Sequence[str] | Conditioning,
+    steps: int,
+    seeds: Sequence[int],
+    *,
+    method: str = "ddim",
+    guidance_scale: float = 1.0,
+    null: Conditioning | None = None,
+    noise: torch.Tensor | None = None,
+    resolution: int | None = None,
+    batch_size: int | None = None,
+    decode: bool = True,
+) -> Samples:
+    """Draw samples from the pre-trained base itself: ``steps`` steps of the solver ("ddim" or "heun") over one window.
+
+    The solver goes from index to index, also where ``steps`` does not divide 1000 (stock DDIM floors 1000/32). Other arguments are those of
+    :func:`sample`; guidance is one number. Raises UserError for steps that do not fit the schedule.
+    """
+    parameter = next(unet.parameters())
+    guided = guidance_scale > 1
+    try:
+        solver = WindowSolver(DiscreteVP.from_config(base.scheduler_config), Windows.uniform(1), steps, prediction_type=base.prediction_type,
+                              method=method, guidance_scale=guidance_scale if guided else None, device=parameter.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
+        rows = null.cat(prompt) if null is not None else prompt
+        window = torch.zeros(len(z), dtype=torch.long, device=z.device)
+        return solver.solve(lambda x, timestep: denoise(unet, x, timestep, rows), z, window, input_dtype=parameter.dtype)
+
+    return _collect(base, unet, prompts, seeds, solve, guided, solver.evaluations, null, noise, resolution, batch_size, decode)
+
+
+@torch.no_grad()
+def _collect(
+    base: Base,
+    unet: nn.Module,
+    prompts: Sequence[str] | Conditioning,
+    seeds: Sequence[int],
+    solve: Solve,
+    guided: bool,
+    evaluations: int,
+    null: Conditioning | None,
+    noise: torch.Tensor | None,
+    resolution: int | None,
+    batch_size: int | None,
+    decode: bool,
+) -> Samples:
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one string; give a list with one prompt for each seed")
+    if len(prompts) != len(seeds):
+        raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; every sample needs one of each.")
+    if not seeds:
+        raise UserError("Nothing to sample: there are no prompts; give at least one.")
+    parameter = next(unet.parameters())
+    place = dict(device=parameter.device, dtype=parameter.dtype)
+    if guided:
+        null = (base.null_conditioning(1, resolution) if null is None else null).to(**place)
+    latents, images = [], []
+    size = batch_size or len(seeds)
+    for first in range(0, len(seeds), size):
+        rows = slice(first, first + size)
+        z = (initial_noise(seeds[rows], base.latent_shape(resolution)) if noise is None else noise[rows]).to(parameter.device, torch.float32)
+        prompt = prompts.select(rows) if isinstance(prompts, Conditioning) else _encode(base, list(prompts[rows]), resolution)
+        z = solve(z, prompt.to(**place), null.expand(len(z)) if guided else None)
+        latents.append(z)
+        if decode:
+            images.append(base.decode(z).to(parameter.device))
+    return Samples(torch.cat(latents), torch.cat(images) if decode else None, evaluations)
+
+
+def _encode(base: Base, prompts: list[str], resolution: int | None) -> Conditioning:
+    """Each different prompt is encoded once."""
+    different = list(dict.fromkeys(prompts))
+    encoded = base.encode_prompts(different, resolution)
+    number = {prompt: i for i, prompt in enumerate(different)}
+    return encoded.select(torch.tensor([number[prompt] for prompt in prompts], device=encoded.encoder_hidden_states.device))
