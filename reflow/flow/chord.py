@@ -11,8 +11,6 @@ same treatment and stays finite for them at zero terminal SNR. All coefficients 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -157,16 +155,3 @@ class ChordTable:
     def _mix(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         x0, noise = x0.to(self.dtype), noise.to(self.dtype)
         return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
-
-
-def perflow_constants(alpha_start: float, sigma_start: float, alpha_end: float, sigma_end: float) -> dict[str, float]:
-    """PeRFlow's per-window constants on a VP schedule: L, E of ddim_eps and E of diff_eps (methods.md 2.3).
-
-    z_end = L z_start + E eps. Used to read and to check published weights; the table itself needs none of them.
-    """
-    lam = alpha_end / alpha_start
-    return {
-        "lambda": lam,
-        "eta_ddim_eps": sigma_end - lam * sigma_start,
-        "eta_diff_eps": -lam * math.sqrt(1.0 - (alpha_start / alpha_end) ** 2),
-    }

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
-# 1000 t is put on multiples of 2**-12 before rounding, so that an fp32 and an fp64 copy of one time share their index.
-_TIE_GRID = 4096.0
 
 
 @overload
@@ -31,9 +29,8 @@ def index(t: float | Tensor, train_steps: int = TRAIN_STEPS) -> int | Tensor:
     another length. The one function of windows, solver and sampler.
     """
     if isinstance(t, Tensor):
-        scaled = torch.round(t.double() * train_steps * _TIE_GRID) / _TIE_GRID
-        return (torch.round(scaled).long() - 1).clamp_(min=0)
-    return max(round(round(float(t) * train_steps * _TIE_GRID) / _TIE_GRID) - 1, 0)
+        return (torch.round(t.double() * train_steps).long() - 1).clamp_(min=0)
+    return max(round(float(t) * train_steps) - 1, 0)
 
 
 def network_time(t: Tensor, mode: str = "index", train_steps: int = TRAIN_STEPS) -> Tensor:

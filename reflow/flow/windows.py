@@ -104,6 +104,7 @@ def snap(t: Tensor, grid: int, t_start: Tensor | None = None) -> Tensor:
     """
     if grid < 1:
         raise ValueError(f"The time grid has {grid} points; it needs at least one, usually 1000 or 200.")
-    ticks = torch.ceil(t.double() * grid - 1e-3).clamp(1, grid)
+    # as much slack as `lookup` has, so that a time and its snapped time are in one window
+    ticks = torch.ceil(t.double() * grid - min(TOLERANCE * grid, 0.1)).clamp(1, grid)
     snapped = (ticks / grid).to(t.dtype)
     return snapped if t_start is None else torch.minimum(snapped, t_start.to(t.dtype))
