@@ -1,7 +1,7 @@
 """The aligned-v loss: magnitude and direction of a predicted velocity, differentiable in ``model_output``.
 
 The formula is that of :func:`reflow_kernels.reference.aligned_v_loss`. The gradient to v^ is linear in d, v^ and v once a
-few numbers per sample are known; the forward saves them in ``stats`` [B, 6] and no intermediate of the operands' size.
+few numbers per sample are known; the forward saves them in ``stats`` [6, B] and no intermediate of the operands' size.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _forward(
     backend: str,
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], parts [3, B] = mse, magnitude, cosine, stats [B, 6] for the Triton gradient, unset for PyTorch)."""
+    """(loss [], parts [3, B] = mse, magnitude, cosine, stats [6, B] for the Triton gradient, unset for PyTorch)."""
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
         run = dispatch.triton_module("aligned_v").forward
@@ -111,7 +111,7 @@ def _forward(
         weight=weight,
         eps=eps,
     )
-    stats = result.mse.new_empty((model_output.shape[0], STATS))
+    stats = result.mse.new_empty((STATS, model_output.shape[0]))
     return result.loss, torch.stack(result[1:]), stats
 
 
@@ -122,7 +122,7 @@ def _(model_output, target, direction_weight, weight, sample, sample_coef, outpu
     return (
         model_output.new_empty((), dtype=dtype),
         model_output.new_empty((3, batch), dtype=dtype),
-        model_output.new_empty((batch, STATS), dtype=dtype),
+        model_output.new_empty((STATS, batch), dtype=dtype),
     )
 
 
@@ -146,7 +146,7 @@ def _backward(
     if chosen == "triton" and model_output.numel():
         run = dispatch.triton_module("aligned_v").backward
         return run(
-            grad_loss, model_output, target, direction_weight, weight, sample, sample_coef, output_coef, stats, strict
+            grad_loss, model_output, target, sample, sample_coef, output_coef, stats, strict
         )
     grad = reference.aligned_v_loss_backward(
         grad_loss,

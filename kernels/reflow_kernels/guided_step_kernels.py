@@ -1,0 +1,104 @@
+"""Triton kernel of :func:`reflow_kernels.guided_step`: one launch, every operand read once, every result written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, layout
+from .tiles import accumulator, lerp, load, store
+
+
+@triton.jit
+def _step_kernel(
+    state,  # [B, N]
+    output,  # [B, N], or [2B, N] with guidance
+    state_coef,  # [B], as the three below
+    output_coef,
+    guidance_scale,  # None without guidance
+    input_scale,  # None for 1
+    out,  # [B, N]
+    input_out,  # the rows of output
+    N,
+    TILES,
+    BATCH,
+    state_stride,
+    output_stride,
+    out_stride,
+    input_out_stride,
+    state_coef_stride,
+    output_coef_stride,
+    guidance_scale_stride,
+    input_scale_stride,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    i_b = program // TILES
+    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_n = o_n < N
+
+    b_output = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)
+    if guidance_scale is not None:
+        b_cond = load(output, (i_b + BATCH) * output_stride + o_n, m_n, ACC, EVEN)
+        b_output = lerp(b_output, b_cond, tl.load(guidance_scale + i_b * guidance_scale_stride).to(ACC))
+    b_state = load(state, i_b * state_stride + o_n, m_n, ACC, EVEN)
+    a = tl.load(state_coef + i_b * state_coef_stride).to(ACC)
+    b = tl.load(output_coef + i_b * output_coef_stride).to(ACC)
+    b_state = a * b_state + b * b_output
+    store(out, i_b * out_stride + o_n, b_state, m_n, EVEN)
+
+    if input_scale is not None:
+        b_state = b_state * tl.load(input_scale + i_b * input_scale_stride).to(ACC)
+    store(input_out, i_b * input_out_stride + o_n, b_state, m_n, EVEN)
+    if guidance_scale is not None:
+        store(input_out, (i_b + BATCH) * input_out_stride + o_n, b_state, m_n, EVEN)
+
+
+def step(
+    state: Tensor,
+    model_output: Tensor,
+    state_coef: Tensor,
+    output_coef: Tensor,
+    guidance_scale: Tensor | None,
+    input_scale: Tensor | None,
+    out: Tensor,
+    input_out: Tensor,
+    strict: bool,
+) -> None:
+    """Writes ``out`` and ``input_out``, which share one sample order; operands in another order are copied."""
+    order = layout.dense_order(out)
+    state = layout.in_order("guided_step", "state", state, order, strict)
+    model_output = layout.in_order("guided_step", "model_output", model_output, order, strict)
+    batch, size = state.shape[0], out[0].numel()
+    blocks = launch.elementwise(size)
+    launch.start(
+        _step_kernel,
+        batch * blocks.tiles,
+        state.device,
+        blocks.warps,
+        state,
+        model_output,
+        state_coef,
+        output_coef,
+        guidance_scale,
+        input_scale,
+        out,
+        input_out,
+        size,
+        blocks.tiles,
+        batch,
+        state.stride(0),
+        model_output.stride(0),
+        out.stride(0),
+        input_out.stride(0),
+        launch.stride(state_coef),
+        launch.stride(output_coef),
+        launch.stride(guidance_scale),
+        launch.stride(input_scale),
+        ACC=accumulator(state.dtype),
+        BLOCK=blocks.block,
+        EVEN=blocks.even,
+    )

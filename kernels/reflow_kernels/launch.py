@@ -1,0 +1,66 @@
+"""How kernels are launched: fixed block and warp tables, the device guard, and the one place that starts a kernel.
+
+Nothing is tuned at run time: sizes come from these tables alone, so that results repeat to the bit and CUDA graphs can be
+captured at the first call. Grids are one-dimensional and programs widen their number to int64 before any offset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SINGLE_PROGRAM = 16384  # elements of a sample that one program reduces alone
+TILE = 4096  # elements a program reduces of a larger sample
+CHUNK = 1024  # elements a program of an elementwise kernel handles; partial sums the last stage reads at a time
+
+_LANES = 64 if torch.version.hip else 32
+
+
+class Blocks(NamedTuple):
+    """BLOCK elements a program, ``tiles`` programs a sample, ``even`` where no program runs over the sample's end."""
+
+    block: int
+    tiles: int
+    warps: int
+    even: bool
+
+
+def elementwise(size: int) -> Blocks:
+    """Blocks of 1024 (less for small samples), 8 elements a lane: 16-byte accesses in half precision."""
+    block = min(CHUNK, max(128, power_of_two(size)))
+    return _blocks(size, block, min(max(block // (8 * _LANES), 1), 4))
+
+
+def reduction(size: int) -> Blocks:
+    """One program a sample up to SINGLE_PROGRAM elements, else tiles; 16 elements a lane, 32 in the largest block."""
+    block = max(128, power_of_two(size)) if size <= SINGLE_PROGRAM else TILE
+    return _blocks(size, block, min(max(block // (16 * _LANES), 1), 16))
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _blocks(size: int, block: int, warps: int) -> Blocks:
+    return Blocks(block, -(-size // block), warps, size % block == 0)
+
+
+def start(kernel: Any, programs: int, device: torch.device, warps: int, *args: Any, **constants: Any) -> None:
+    """Launch on the tensors' own device. Contraction to FMA is off, so every Triton version rounds alike."""
+    with _guard(device):
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **constants)
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def stride(values: Tensor | None) -> int:
+    """The stride of a [B] argument, 0 for an absent one."""
+    return 0 if values is None else values.stride(0)
