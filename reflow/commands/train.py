@@ -1,0 +1,31 @@
+"""`reflow train`, also behind `deepspeed scripts/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from reflow import config
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, help=f"a .toml file or one of: {', '.join(config.available())}")
+    parser.add_argument("--run-dir", help="where the run lives; the same command resumes it (default: runs/<recipe>)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key, for example --set stages.0.samples=20000; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it will take, and stop")
+    parser.add_argument("--allow-config-change", action="store_true", help="resume although algorithm keys changed")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = config.load(args.recipe, args.overrides)
+    if args.dry_run:
+        from reflow.training import plan
+
+        print(plan.describe(recipe))
+        return 0
+    from reflow.training import run as training
+
+    run_dir = pathlib.Path(args.run_dir or f"runs/{recipe.name}")
+    return training.train(recipe, run_dir, allow_config_change=args.allow_config_change)

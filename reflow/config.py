@@ -1,0 +1,331 @@
+"""One recipe describes one run. TOML in, checked and resolved settings out; unknown keys are refused with the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import pathlib
+import tomllib
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from reflow.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Loss = Literal["aligned_v", "mse", "pseudo_huber"]
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", validate_default=True)
+
+
+class Model(Section):
+    """The pre-trained base: teacher of the first stage and start of the student."""
+
+    family: str = "digits"
+    base: str = "builtin"
+    student_weights: str = ""
+    attention: Literal["default", "sdpa", "xformers"] = "default"
+    compile: bool = False
+    channels_last: bool = False
+    gradient_checkpointing: bool = False
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: NonNegativeFloat = 0.0
+
+
+class Data(Section):
+    """What the windows start from: latents and captions, encoded once."""
+
+    source: str = "digits"
+    path: str = ""
+    caption_drop: Fraction = 0.1
+
+
+class Student(Section):
+    """How the student's output is read inside a window."""
+
+    prediction_type: Literal["ddim_eps", "ddim_v", "diff_eps", "velocity"] = "ddim_eps"
+    network_time: Literal["index", "perflow"] = "index"
+
+
+class Teacher(Section):
+    """How a frozen network solves its ODE inside a window."""
+
+    method: Literal["ddim", "euler", "heun"] = "ddim"
+    guidance_scale: float = 1.0
+    drops_captions: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: PositiveInt = 128
+
+
+class Objective(Section):
+    """What the student learns from a solved window, and at which times."""
+
+    loss: Loss = "aligned_v"
+    space: Literal["velocity", "eps"] = "velocity"
+    direction_weight: NonNegativeFloat = 1.0
+    direction_norm: Literal["window_speed", "none"] = "window_speed"
+    huber_c: PositiveFloat = 0.001
+    points: Literal["chord", "schedule"] = "chord"
+    starts: Literal["data", "noise"] = "data"
+    time_density: Literal["uniform", "u_shaped", "window_start"] = "window_start"
+    time_share: Fraction = 0.5
+    time_upper: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    time_grid: NonNegativeInt = 1000
+
+
+class Train(Section):
+    """The optimizer's side. Every count is in samples; a sample is one point on one chord."""
+
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 128
+    micro_batch: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: NonNegativeInt = 0
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: NonNegativeFloat = 1.0
+    ema_half_life: NonNegativeFloat = 10_000
+    ema_warmup: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload: bool = False
+    deepspeed: str = ""
+    max_nonfinite: NonNegativeInt = 0
+
+
+class Stage(Section):
+    """One pass of progressive reflow. The keys below `samples` override the sections' values for this stage."""
+
+    windows: PositiveInt | None = None
+    boundaries: tuple[float, ...] | None = None
+    solver_steps: PositiveInt
+    samples: PositiveInt
+    teacher: Literal["root", "previous"] = "root"
+    half: Literal["both", "noisy", "clean"] = "both"
+    pairs: NonNegativeInt = 0
+    chords_per_solve: PositiveInt = 1
+    learning_rate: PositiveFloat | None = None
+    loss: Loss | None = None
+    direction_weight: NonNegativeFloat | None = None
+    warmup: NonNegativeInt | None = None
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Window boundaries from t=1 (noise) down to t=0 (data)."""
+        return self.boundaries or tuple(1 - k / self.windows for k in range(self.windows)) + (0.0,)
+
+
+class Validate(Section):
+    every: NonNegativeInt = 0
+    steps: tuple[PositiveInt, ...] = (2, 4, 8)
+    teacher_steps: PositiveInt = 32
+    images: PositiveInt = 10
+    prompts: tuple[str, ...] = ()
+    guidance_scale: float = 1.0
+    pairs: PositiveInt = 64
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 0
+    minutes: NonNegativeFloat = 15.0
+    keep: PositiveInt = 2
+
+
+class Log(Section):
+    every: PositiveInt = 1280
+    wandb: bool = False
+
+
+class Recipe(Section):
+    """A whole run. `name` is free; everything that changes the result is below."""
+
+    name: str
+    model: Model = Model()
+    data: Data = Data()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    objective: Objective = Objective()
+    train: Train = Train()
+    validate_: Validate = Field(default=Validate(), alias="validate")
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+    def stage_value(self, index: int, section: str, key: str) -> Any:
+        """The stage's own value of a key, else the section's."""
+        own = getattr(self.stages[index], key, None)
+        return getattr(getattr(self, section), key) if own is None else own
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as written to the run directory."""
+        return self.model_dump(by_alias=True, mode="json", exclude_none=True)
+
+
+# Sections whose keys may change between a run and its resumption: none of them changes what is learned.
+FREE_SECTIONS = ("validate", "checkpoint", "log", "name")
+
+
+def available() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("reflow") / "recipes"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def load(name: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe by name or path and apply `section.key=value` overrides. Raises UserError with one sentence."""
+    path = pathlib.Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise UserError(f"The recipe file {path} does not exist; give an existing .toml file or one of: {', '.join(available())}.")
+        text, where = path.read_text(), str(path)
+    elif name in available():
+        text, where = (resources.files("reflow") / "recipes" / f"{name}.toml").read_text(), f"recipe {name}"
+    else:
+        raise UserError(f"There is no recipe called '{name}'{nearest(name, available())}; the recipes here are: {', '.join(available())}.")
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where} is not valid TOML: {error}. Correct that line and start again.") from error
+    for override in overrides:
+        apply_override(raw, override)
+    return parse(raw, where)
+
+
+def parse(raw: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe's raw tables. Raises UserError naming the key, what was wrong and what to write."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise UserError("; ".join(sentence(item, where) for item in error.errors())) from error
+    check(recipe, where)
+    return recipe
+
+
+def check(recipe: Recipe, where: str) -> None:
+    """Refuse values that are fine alone and impossible together."""
+    for i, stage in enumerate(recipe.stages):
+        key = f"stages.{i}"
+        if (stage.windows is None) == (stage.boundaries is None):
+            raise UserError(f"{where}: {key} needs either 'windows' (how many) or 'boundaries' (their edges), and only one of them.")
+        edges = stage.edges
+        if len(edges) < 2 or any(a <= b for a, b in zip(edges, edges[1:])) or edges[0] > 1 or edges[-1] < 0:
+            raise UserError(f"{where}: {key}.boundaries must fall from at most 1 (noise) to at least 0 (data); it is {list(edges)}.")
+        indices = min(round(1000 * a) - round(1000 * b) for a, b in zip(edges, edges[1:]))
+        if stage.solver_steps > indices:
+            raise UserError(f"{where}: {key}.solver_steps is {stage.solver_steps}, but its smallest window spans only {indices} schedule "
+                            f"indices; write at most {indices}.")
+        if i == 0 and stage.teacher == "previous":
+            raise UserError(f"{where}: {key}.teacher is 'previous', but the first stage has no previous student; write 'root'.")
+        if stage.teacher == "previous" and not set(edges) <= set(recipe.stages[i - 1].edges):
+            raise UserError(f"{where}: {key} merges windows of stage {i - 1}, so each of its boundaries must be one of that stage's "
+                            f"({list(recipe.stages[i - 1].edges)}); use teacher = 'root' or other windows.")
+        if stage.samples < recipe.train.batch_size:
+            raise UserError(f"{where}: {key}.samples is {stage.samples}, less than one batch of train.batch_size = {recipe.train.batch_size}; "
+                            f"give every stage at least one batch.")
+        if recipe.train.micro_batch % stage.chords_per_solve:
+            raise UserError(f"{where}: {key}.chords_per_solve = {stage.chords_per_solve} must divide train.micro_batch = {recipe.train.micro_batch}.")
+    if recipe.train.batch_size % recipe.train.micro_batch:
+        raise UserError(f"{where}: train.micro_batch = {recipe.train.micro_batch} must divide train.batch_size = {recipe.train.batch_size}.")
+    if recipe.objective.points == "schedule" and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):
+        raise UserError(f"{where}: objective.points = 'schedule' needs student.prediction_type 'ddim_eps' or 'ddim_v', "
+                        f"not '{recipe.student.prediction_type}'.")
+
+
+def sentence(item: dict[str, Any], where: str) -> str:
+    """One pydantic error as a sentence for the person who wrote the recipe."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = list(fields_at(item["loc"][:-1]))
+        return f"{where}: unknown key '{key}'{nearest(str(item['loc'][-1]), known)}; the keys there are: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where}: the key '{key}' is missing"
+    return f"{where}: '{key}' = {item['input']!r} cannot be used: {item['msg'][0].lower() + item['msg'][1:]}"
+
+
+def fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Names of the keys that a recipe may have at a place such as ('stages', 0)."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
+        model = Stage if part == "stages" else field.annotation
+    return [f.alias or name for name, f in model.model_fields.items()]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean ...?)' for a misspelt name, else nothing."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Put `stages.0.samples=20000` into the raw tables; the value is TOML, and a bare word is a string."""
+    key, eq, value = override.partition("=")
+    if not eq:
+        raise UserError(f"--set {override}: write it as section.key=value, for example --set train.seed=1.")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    node: Any = raw
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = parsed
+        else:
+            node[last] = parsed
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"--set {override}: there is no place '{key}' in the recipe; stages are numbered from 0.") from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as TOML that `load` reads back to the same values."""
+    lines: list[str] = []
+    resolved = recipe.resolved()
+    stages = resolved.pop("stages")
+    lines += [f"{k} = {toml_value(v)}" for k, v in resolved.items() if not isinstance(v, dict)]
+    for name, table in resolved.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]"] + [f"{k} = {toml_value(v)}" for k, v in table.items()]
+    for stage in stages:
+        lines += ["", "[[stages]]"] + [f"{k} = {toml_value(v)}" for k, v in stage.items()]
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return str(value)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Algorithm keys that differ between two recipes, as 'section.key: old -> new'."""
+    flat_old, flat_new = flatten(old.resolved()), flatten(new.resolved())
+    keys = sorted(set(flat_old) | set(flat_new))
+    return [f"{k}: {flat_old.get(k)!r} -> {flat_new.get(k)!r}" for k in keys
+            if k.split(".")[0] not in FREE_SECTIONS and flat_old.get(k) != flat_new.get(k)]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return {k: v for i, sub in enumerate(tree) for k, v in flatten(sub, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: tree}

@@ -1,0 +1,53 @@
+"""Which item a sample takes and what chance gives it, as functions of (seed, stage, global index) and of nothing else.
+
+Ranks, micro-batches, accumulation and resumption therefore cannot change a sample.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+# Streams of the counter-based generator: one for every thing that is drawn.
+SOLVE, CHORD, ORDER, VALIDATION = 1, 2, 3, 4
+
+
+def generator(seed: int, stage: int, stream: int, index: int) -> np.random.Generator:
+    """Philox keyed by (seed, stage, stream) and advanced to `index`: equal arguments give equal draws on every machine."""
+    return np.random.Generator(np.random.Philox(key=[seed, (stage << 8) + stream], counter=[0, index, 0, 0]))
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, stage: int, epoch: int, size: int) -> np.ndarray:
+    """The order of epoch `epoch` over `size` items."""
+    return generator(seed, stage, ORDER, epoch).permutation(size)
+
+
+def item_of(seed: int, stage: int, index: int, size: int) -> int:
+    """The item (0 <= item < size) that global index `index` takes: every epoch visits every item once."""
+    epoch, place = divmod(index, size)
+    return int(permutation(seed, stage, epoch, size)[place])
+
+
+def solve_draws(seed: int, stage: int, indices: list[int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each solve: a uniform for the caption drop [B] and standard normal noise [B, *shape], fp32 on the CPU."""
+    drop, noise = np.empty(len(indices), np.float32), np.empty((len(indices), *shape), np.float32)
+    for row, index in enumerate(indices):
+        rng = generator(seed, stage, SOLVE, index)
+        drop[row] = rng.random()
+        rng.standard_normal(dtype=np.float32, out=noise[row])
+    return torch.from_numpy(drop), torch.from_numpy(noise)
+
+
+def chord_draws(seed: int, stage: int, indices: list[int]) -> torch.Tensor:
+    """For each sample two uniforms [B, 2]: one chooses the part of the time density, one the place in it."""
+    draws = np.stack([generator(seed, stage, CHORD, index).random(2) for index in indices])
+    return torch.from_numpy(draws).float()
+
+
+def rows_of_step(step: int, batch: int, micro: int, rank: int, world: int, accumulation: int) -> list[list[int]]:
+    """Global sample indices of one optimizer step for one rank: a list of `micro` indices for each of `accumulation` micro-batches."""
+    first = step * batch
+    return [list(range(first + (j * world + rank) * micro, first + (j * world + rank + 1) * micro)) for j in range(accumulation)]

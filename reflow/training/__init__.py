@@ -1,0 +1,1 @@
+"""The training room: one loop over stages, DeepSpeed behind engine.py, checkpoints, EMA, telemetry and validation."""

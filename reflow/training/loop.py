@@ -1,0 +1,248 @@
+"""The loop: solve a window, place points on its chord, teach the student the chord's velocity, and go on to the next stage."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from reflow.config import Recipe
+from reflow.data import sampler
+from reflow.data.latents import LatentDataset
+from reflow.errors import UserError
+from reflow.flow import DiscreteVP, network_time
+from reflow.models.family import Base, denoise
+from reflow.training import optimizers, stages, targets
+from reflow.training.checkpoint import Checkpoints, save_weights
+from reflow.training.ema import Ema, decay
+from reflow.training.engine import Engine
+from reflow.training.progress import Progress
+from reflow.training.solves import PairStore, Solved, Solver
+from reflow.training.telemetry import Clock, Log, Meter, peak_memory
+from reflow.training.validation import Validation
+
+LEFT_EARLY = 75  # EX_TEMPFAIL: the same command goes on
+
+
+class Leave(Exception):
+    """A signal asked the run to write a checkpoint and leave."""
+
+
+class Signals:
+    """SIGTERM and SIGUSR1, agreed between the ranks over a CPU group so that all of them leave after the same step."""
+
+    def __init__(self, minutes: float) -> None:
+        self.asked, self.minutes, self.saved_at = False, minutes, time.monotonic()
+        self.group = dist.new_group(backend="gloo")
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def agree(self) -> tuple[bool, bool]:
+        """(leave, a checkpoint is due by the clock): the same answer on every rank."""
+        due = bool(self.minutes) and dist.get_rank() == 0 and time.monotonic() - self.saved_at > 60 * self.minutes
+        flags = torch.tensor([int(self.asked), int(due)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flags[0]), bool(flags[1])
+
+
+class Loop:
+    """One run of a recipe on this rank. `run` goes through all stages and returns an exit code."""
+
+    def __init__(self, recipe: Recipe, run_dir: pathlib.Path, base: Base, data: LatentDataset, device: torch.device,
+                 make_unet: Callable[[], torch.nn.Module]) -> None:
+        self.recipe, self.run_dir, self.base, self.data, self.device, self.make_unet = recipe, run_dir, base, data, device, make_unet
+        train, world = recipe.train, dist.get_world_size()
+        self.rank, self.world = dist.get_rank(), world
+        self.schedule = DiscreteVP.from_config(base.scheduler_config)
+        self.micro = min(train.micro_batch, train.batch_size // world)
+        if not self.micro or train.batch_size % (self.micro * world):
+            raise UserError(f"train.batch_size = {train.batch_size} cannot be shared by {world} ranks in micro-batches of {train.micro_batch}; "
+                            f"make it a multiple of {train.micro_batch * world}.")
+        self.accumulation = train.batch_size // (self.micro * world)
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
+        self.checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep)
+        self.signals = Signals(recipe.checkpoint.minutes)
+
+    def run(self) -> int:
+        latest = self.checkpoints.latest()
+        first = next((i for i in range(len(self.recipe.stages)) if not self.weights_of(i).exists()), len(self.recipe.stages))
+        if latest is not None and int(latest.name.split("-")[1]) != first:
+            latest = None
+        before = sum(self.steps_of(i) * self.recipe.train.batch_size for i in range(first))
+        resume_at = before if first else None
+        if latest is not None:
+            resume_at = before + int(latest.name.split("-")[2])
+        self.log = Log(self.run_dir, wandb=self.recipe.log.wandb, name=self.recipe.name, resume_at=resume_at)
+        try:
+            for i in range(first, len(self.recipe.stages)):
+                self.run_stage(i, before, latest)
+                before, latest = before + self.steps_of(i) * self.recipe.train.batch_size, None
+        except Leave as leaving:
+            if self.rank == 0:
+                print(f"Asked to leave: {leaving} The same command goes on from there.", flush=True)
+            return LEFT_EARLY
+        finally:
+            self.log.close()
+        return 0
+
+    def weights_of(self, stage: int) -> pathlib.Path:
+        """What a finished stage leaves: the EMA of its student, fp32."""
+        return self.run_dir / f"stage-{stage}" / "unet_ema.safetensors"
+
+    def steps_of(self, stage: int) -> int:
+        return math.ceil(self.recipe.stages[stage].samples / self.recipe.train.batch_size)
+
+    def network(self, weights: pathlib.Path | None) -> torch.nn.Module:
+        """A network of the base's architecture, fp32, with the base's weights or those of a file."""
+        unet = self.make_unet()
+        unet.load_state_dict(self.base.unet.state_dict() if weights is None else load_file(str(weights)))
+        return unet.to(self.device, torch.float32)
+
+    def run_stage(self, index: int, before: int, resume: pathlib.Path | None) -> None:
+        recipe, train, stage = self.recipe, self.recipe.train, self.recipe.stages[index]
+        flow = stages.build(recipe, index, self.schedule, self.base.prediction_type, self.device)
+        start = pathlib.Path(recipe.model.student_weights) if recipe.model.student_weights and not index else None
+        start = self.weights_of(index - 1) if index else start
+        teacher = self.network(self.weights_of(index - 1) if stage.teacher == "previous" else None)
+        teacher.requires_grad_(False).eval().to(solver_dtype(recipe))
+        solver = Solver(recipe, flow, self.data, teacher, self.device)
+        student = self.network(start)
+        validation = Validation(recipe, flow, self.base, solver, self.run_dir, self.log)
+        if resume is None:
+            validation.check_start(student.eval(), before)
+        source = self.stored_pairs(flow, solver, stage.pairs) if stage.pairs else solver
+        validation.solve_fixed()
+        total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
+        engine = Engine(student.train(), train, self.accumulation)
+        ema, meter, clock = Ema(engine.masters), Meter(len(flow.windows), self.device), Clock(self.device)
+        step = 0
+        if resume is not None:
+            state, saved = self.checkpoints.load(resume, engine, ema)
+            meter.load_state_dict(saved)
+            step = state["step"]
+        bar = Progress(f"stage {index + 1}/{len(recipe.stages)}, {len(flow.active)} windows", total, step * train.batch_size, self.rank == 0)
+        since, excluded = time.monotonic(), 0
+        while step < steps:
+            done = step * train.batch_size
+            rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
+            rate = optimizers.learning_rate(recipe.stage_value(index, "train", "learning_rate"), train.schedule,
+                                            recipe.stage_value(index, "train", "warmup"), total, done, train.batch_size)
+            for samples in rows:
+                with clock.part("data" if stage.pairs else "teacher"):
+                    solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
+                self.micro_step(engine, flow, solved, samples, rate, meter, clock, step)
+            ema.update(decay(train.ema_half_life, train.batch_size, step, train.ema_warmup))
+            step, done = step + 1, done + train.batch_size
+            bar.advance(train.batch_size)
+            last = step == steps
+            if crossed(done, recipe.log.every, train.batch_size) or last:
+                record, seconds = meter.read(), time.monotonic() - since
+                excluded += record["excluded"]
+                self.log.write("train", before + done, {
+                    "stage": index, "samples": done, "learning_rate": rate, **record, "seconds": clock.read(),
+                    "samples_per_second": bar.rate(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
+                bar.show(loss=record["loss"])
+                self.stop_if_not_finite(record, excluded, index)
+            if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
+                validation.run(engine.state(ema.average), before + done, self.network)
+            leave, due = self.signals.agree()
+            if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
+                self.refuse_damaged(engine, index, step)
+                path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
+                self.signals.saved_at = time.monotonic()
+                if leave:
+                    bar.close()
+                    raise Leave(f"stage {index + 1} stands at {done} of {total} samples in {path}.")
+        bar.close()
+        self.refuse_damaged(engine, index, step)
+        averages = engine.state(ema.average)
+        if self.rank == 0:
+            whole = {**{k: v for k, v in self.base.unet.state_dict().items()}, **averages}
+            save_weights(whole, self.weights_of(index), metadata(recipe, index))
+        dist.barrier()
+        engine.destroy()
+        if leave and index + 1 < len(recipe.stages):
+            raise Leave(f"stage {index + 1} is finished.")
+
+    def stored_pairs(self, flow: stages.StageFlow, solver: Solver, count: int) -> PairStore:
+        """The stage's pair store, filled by all ranks and read by each."""
+        store = PairStore(self.run_dir / f"stage-{flow.index}" / "pairs", solver, count)
+        bar = Progress(f"stage {flow.index + 1}, solving pairs", count, 0, self.rank == 0)
+        finished = store.fill(lambda n: bar.advance(n * self.world), lambda: self.signals.asked)
+        bar.close()
+        if self.signals.agree()[0] or not finished:
+            raise Leave(f"stage {flow.index + 1} has solved a part of its pairs.")
+        dist.barrier()
+        store.load()
+        return store
+
+    def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,
+                   clock: Clock, step: int) -> None:
+        """One forward and backward over `samples`; the last of an accumulation steps the optimizer."""
+        recipe, table, chords = self.recipe, flow.table, flow.stage.chords_per_solve
+        with clock.part("data"):
+            draws = sampler.chord_draws(recipe.train.seed, flow.index, samples).to(self.device)
+        with clock.part("student"):
+            # A sample that is not finite is taken out of the batch, not left to poison the weights.
+            good, solved = solved.finite()
+            z_start, z_end = solved.z_start, solved.z_end
+            points = targets.points(z_start, z_end, solved.window, draws.view(-1, chords, 2), table, recipe.objective, input_dtype=self.dtype)
+            copies = torch.arange(len(good), device=self.device).repeat(chords)
+            conditioning = solved.conditioning.select(copies).to(self.device, self.dtype)
+            output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
+            good = good[copies] & torch.isfinite(output.detach()).flatten(1).all(1)
+            output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
+            result = targets.loss(output, points, table, recipe.objective, weight=good.float(),
+                                  kind=recipe.stage_value(flow.index, "objective", "loss"),
+                                  direction_weight=recipe.stage_value(flow.index, "objective", "direction_weight"))
+            meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)
+            engine.backward(result.loss)
+        with clock.part("optimizer"):
+            engine.step(rate)
+
+    def stop_if_not_finite(self, record: dict, excluded: int, stage: int) -> None:
+        """Leave with the batch's name when more samples were not finite than the recipe allows. Every rank decides the same."""
+        limit = self.recipe.train.max_nonfinite
+        if excluded <= limit and math.isfinite(record["loss"]):
+            return
+        latest = self.checkpoints.latest()
+        first = record["bad_step"] * self.recipe.train.batch_size
+        raise UserError(f"The loss is not finite in stage {stage + 1}, step {record['bad_step']} (samples {first} to "
+                        f"{first + self.recipe.train.batch_size - 1}): {excluded} samples so far, train.max_nonfinite allows {limit}. "
+                        f"{'The last good checkpoint is ' + str(latest) if latest else 'There is no checkpoint yet'}; lower "
+                        f"train.learning_rate or look at those samples.")
+
+
+    def refuse_damaged(self, engine: Engine, stage: int, step: int) -> None:
+        """Weights that are not finite never reach a file, so what stands on disk stays good."""
+        damaged = torch.stack([(~torch.isfinite(m)).any() for m in engine.masters]).any().int()
+        dist.all_reduce(damaged, op=dist.ReduceOp.MAX)
+        if damaged:
+            raise UserError(f"The student's weights are not finite after step {step} of stage {stage + 1} and were not saved; the last good "
+                            f"checkpoint is {self.checkpoints.latest() or 'none'}. Lower train.learning_rate or train.clip.")
+
+
+def crossed(done: int, every: int, batch: int) -> bool:
+    """Whether the last batch reached or passed a multiple of `every` samples; never for 0."""
+    return bool(every) and done // every > (done - batch) // every
+
+
+def solver_dtype(recipe: Recipe) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+
+
+def metadata(recipe: Recipe, stage: int) -> dict[str, str]:
+    """What a weights file says of itself; export and sampling read it."""
+    edges = ",".join(f"{e:g}" for e in recipe.stages[stage].edges)
+    return {"format": "pt", "reflow.recipe": recipe.name, "reflow.stage": str(stage), "reflow.boundaries": edges,
+            "reflow.prediction_type": recipe.student.prediction_type, "reflow.network_time": recipe.student.network_time,
+            "reflow.family": recipe.model.family, "reflow.base": recipe.model.base}

@@ -1,0 +1,35 @@
+"""Optimizers and the learning-rate curve. Every count is in samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from reflow.config import Train
+from reflow.errors import UserError
+
+
+def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters. Raises UserError where bitsandbytes is missing."""
+    settings = dict(lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, weight_decay=train.weight_decay)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise UserError(f"train.optimizer = '{train.optimizer}' needs the package bitsandbytes, which cannot be imported here ({error}); "
+                        f"install it with 'pip install bitsandbytes', or write optimizer = 'adamw'.") from error
+    if train.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
+        raise UserError("train.optimizer = 'paged_adamw8bit' pages its states through CUDA memory and there is no GPU here; "
+                        "write optimizer = 'adamw8bit' or 'adamw'.")
+    return {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[train.optimizer](parameters, **settings)
+
+
+def learning_rate(peak: float, schedule: str, warmup: int, total: int, done: int, batch: int) -> float:
+    """The rate for the optimizer step that follows `done` samples of a stage of `total` samples, in batches of `batch`."""
+    warm = min(1.0, (done + batch) / warmup) if warmup else 1.0
+    progress = min(1.0, done / total)
+    fall = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[schedule]
+    return peak * warm * fall

@@ -1,0 +1,68 @@
+"""A run directory, the base model and the data of a recipe: everything before the loop."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+
+import torch
+import torch.distributed as dist
+
+from reflow import config
+from reflow.config import Recipe
+from reflow.data.latents import LatentDataset, encode_digits
+from reflow.errors import UserError
+from reflow.flow import DiscreteVP
+from reflow.models import registry
+from reflow.models.family import Base
+from reflow.training import engine, loop, stages
+from reflow.training.checkpoint import write_atomic
+
+
+def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: bool) -> None:
+    """Refuse a folder that holds another recipe's run or something else. Nothing is written here."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file; give the name of a folder that is new or holds this run.")
+    saved = run_dir / "recipe.toml"
+    if not saved.exists():
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise UserError(f"--run-dir {run_dir} is not empty and holds no run of reflow; give a new folder.")
+        return
+    before = config.load(str(saved))
+    changed = config.changed_keys(before, recipe)
+    if changed and not allow_config_change:
+        raise UserError(f"--run-dir {run_dir} holds a run of recipe '{before.name}' whose settings differ from the ones given: "
+                        f"{'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. Use another --run-dir, the old values, or "
+                        f"--allow-config-change to go on with the new ones.")
+
+
+def load_data(recipe: Recipe, base: Base) -> LatentDataset:
+    if recipe.data.source == "digits":
+        return encode_digits(base)
+    raise UserError(f"data.source = '{recipe.data.source}' is not known{config.nearest(recipe.data.source, ['digits'])}; write 'digits'.")
+
+
+def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
+    """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
+    open_run_dir(run_dir, recipe, allow_config_change)
+    device = engine.init_distributed()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
+    torch.manual_seed(recipe.train.seed)
+    family = registry.family(recipe.model.family)
+    base = family.load(recipe.model.base, device=device)
+    stages.check_compatible(recipe, base.prediction_type)
+    for i in range(len(recipe.stages)):
+        stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
+    data = load_data(recipe, base)
+    if dist.get_rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / "recipe.toml", config.dump(recipe))
+    dist.barrier()
+    start = time.monotonic()
+    code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
+    if dist.get_rank() == 0 and code == 0:
+        print(f"Finished {recipe.name} in {time.monotonic() - start:.0f} s: {run_dir}", flush=True)
+    dist.barrier()
+    return code

@@ -1,0 +1,139 @@
+"""From data to solved windows: noised real latents (or noise) in, (z_start, z_end) out. Solves may be stored and used again."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from reflow.config import Recipe
+from reflow.data import sampler
+from reflow.data.latents import LatentDataset
+from reflow.errors import UserError
+from reflow.models.family import Conditioning, denoise
+from reflow.training.stages import StageFlow
+
+CHUNK = 512
+
+
+@dataclass
+class Solved:
+    """Solved windows on the device: z_start, z_end [B,C,h,w] fp32, window [B], conditioning of the student (captions dropped)."""
+
+    z_start: torch.Tensor
+    z_end: torch.Tensor
+    window: torch.Tensor
+    conditioning: Conditioning
+
+    def finite(self) -> tuple[torch.Tensor, Solved]:
+        """Which rows [B] are finite throughout, and the same with zeros in the others; no host sync."""
+        c = self.conditioning
+        tensors = [t for t in (self.z_start, self.z_end, c.encoder_hidden_states, c.text_embeds, c.time_ids) if t is not None]
+        good = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0)
+
+        def clean(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t))
+
+        kept = Conditioning(clean(c.encoder_hidden_states), clean(c.text_embeds), clean(c.time_ids))
+        return good, Solved(clean(self.z_start), clean(self.z_end), self.window, kept)
+
+
+class Solver:
+    """Solves by global index: which item, noise and dropped caption a solve has depends on (seed, stage, index) alone."""
+
+    def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
+        self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+
+    def inputs(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Items [B], dropped [B] bool and noise [B,C,h,w] of the solves, on the CPU."""
+        seed, stage = self.recipe.train.seed, self.flow.index
+        items = torch.tensor([sampler.item_of(seed, stage, i, len(self.data)) for i in indices])
+        drop, noise = sampler.solve_draws(seed, stage, indices, self.data.shape)
+        return items, drop < self.recipe.data.caption_drop, noise
+
+    def __call__(self, indices: list[int]) -> Solved:
+        items, dropped, noise = self.inputs(indices)
+        window = self.flow.window_of(torch.tensor(indices, device=self.device))
+        student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
+        taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
+        noise, latent = noise.to(self.device), self.data.latent(items).to(self.device, torch.float32)
+        with torch.no_grad():
+            z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
+            model = self.network(taught)
+            if z_start is not None:
+                z_end = self.flow.solver.solve(model, z_start, window, input_dtype=self.dtype)
+            else:
+                z_start, z_end = self.from_noise(model, noise, window)
+        return Solved(z_start, z_end, window, student)
+
+    def from_noise(self, model: Callable, noise: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's own trajectory from pure noise: each sample keeps both ends of its window."""
+        z, starts, ends = noise, torch.empty_like(noise), torch.empty_like(noise)
+        for k in range(int(self.flow.active.max()) + 1):
+            here = (window == k).view(-1, 1, 1, 1)
+            starts = torch.where(here, z, starts)
+            z = self.flow.solver.solve(model, z, torch.full_like(window, k), input_dtype=self.dtype)
+            ends = torch.where(here, z, ends)
+        return starts, ends
+
+    def network(self, conditioning: Conditioning) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The frozen teacher as the solver calls it; with guidance the first half of the rows gets the null prompt."""
+        if self.flow.solver.guidance_scale is not None:
+            rows = len(conditioning)
+            null = self.data.null.select(torch.zeros(rows, dtype=torch.long)).to(self.device, torch.float32)
+            conditioning = null.cat(conditioning)
+        conditioning = conditioning.to(self.device, self.dtype)
+        return lambda model_input, timestep: denoise(self.teacher, model_input, timestep, conditioning)
+
+
+class PairStore:
+    """Solved pairs on disk, in chunks that appear whole: solve once, train many cheap steps. Ranks share the work and read all of it."""
+
+    def __init__(self, folder: pathlib.Path, solver: Solver, count: int) -> None:
+        self.folder, self.solver, self.count = folder, solver, count
+        self.chunks = [list(range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)]
+
+    def fill(self, progress: Callable[[int], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Solve what is missing; a killed run goes on where it was. False if `stop` asked to leave before the end."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batch = self.solver.recipe.teacher.batch_size
+        for c in range(rank, len(self.chunks), world):
+            path = self.folder / f"pairs-{c:05d}.safetensors"
+            if not path.exists():
+                if stop():
+                    return False
+                parts = [self.solver(self.chunks[c][i:i + batch]) for i in range(0, len(self.chunks[c]), batch)]
+                tensors = {name: torch.cat([getattr(p, name) for p in parts]).cpu().contiguous() for name in ("z_start", "z_end")}
+                if not all(torch.isfinite(t).all() for t in tensors.values()):
+                    raise UserError(f"The teacher's solve of pairs {self.chunks[c][0]} to {self.chunks[c][-1]} is not finite; check the base "
+                                    f"model's weights, or write teacher.precision = 'fp32'.")
+                temporary = path.with_name(f".{path.name}.tmp")
+                save_file(tensors, str(temporary))
+                os.replace(temporary, path)
+            progress(len(self.chunks[c]))
+        return True
+
+    def load(self) -> None:
+        """Map all chunks into memory and draw again which item, window and dropped caption each pair has."""
+        parts = [load_file(str(self.folder / f"pairs-{c:05d}.safetensors")) for c in range(len(self.chunks))]
+        self.z_start = torch.cat([p["z_start"] for p in parts])
+        self.z_end = torch.cat([p["z_end"] for p in parts])
+        if len(self.z_start) != self.count:
+            raise UserError(f"{self.folder} holds {len(self.z_start)} pairs and the stage asks for {self.count}; remove that folder to solve them again.")
+        drawn = [self.solver.inputs(chunk) for chunk in self.chunks]
+        self.items, self.dropped = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
+
+    def __call__(self, indices: list[int]) -> Solved:
+        """Pairs for the given global solve indices; every epoch over the store visits each pair once, in an order of its own."""
+        recipe, flow, device = self.solver.recipe, self.solver.flow, self.solver.device
+        rows = torch.tensor([sampler.item_of(recipe.train.seed, 128 + flow.index, i, self.count) for i in indices])
+        conditioning = self.solver.data.conditioning(self.items[rows], self.dropped[rows]).to(device, torch.float32)
+        return Solved(self.z_start[rows].to(device, non_blocking=True), self.z_end[rows].to(device, non_blocking=True),
+                      flow.window_of(rows.to(device)), conditioning)

@@ -1,0 +1,60 @@
+"""What one stage is made of: its windows, the student's reading of them, and who solves them. Stages are data; nothing here knows 8, 4, 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from reflow.config import Recipe, Stage
+from reflow.errors import UserError
+from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
+
+
+@dataclass(frozen=True)
+class StageFlow:
+    """The maths of one stage on one device. `active` lists the windows that are trained, as a LongTensor."""
+
+    index: int
+    stage: Stage
+    windows: Windows
+    table: ChordTable
+    solver: WindowSolver
+    active: torch.Tensor
+
+    def window_of(self, solves: torch.Tensor) -> torch.Tensor:
+        """Window of each solve [B]: the active ones in turn, so every batch holds them in equal parts."""
+        return self.active[solves % len(self.active)]
+
+
+def windows_of(stage: Stage) -> Windows:
+    return Windows(stage.edges)
+
+
+def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str, device: torch.device) -> StageFlow:
+    """Tables and solver of stage `index`. prediction_type: the base model's, in diffusers' names. Raises UserError with the stage's key."""
+    stage = recipe.stages[index]
+    guidance = None if recipe.teacher.guidance_scale == 1.0 else recipe.teacher.guidance_scale
+    try:
+        windows = windows_of(stage)
+        table = ChordTable(schedule, windows, recipe.student.prediction_type, device=device)
+        if stage.teacher == "previous":
+            before = ChordTable(schedule, windows_of(recipe.stages[index - 1]), recipe.student.prediction_type, device=device)
+            solver = WindowSolver.from_student(before, windows, stage.solver_steps, network_time_mode=recipe.student.network_time,
+                                               guidance_scale=guidance, device=device)
+        else:
+            solver = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
+                                  guidance_scale=guidance, device=device)
+        active = tuple(range(len(windows))) if stage.half == "both" else windows.half(stage.half)
+    except ValueError as error:
+        raise UserError(f"stages.{index}: {error}") from error
+    return StageFlow(index, stage, windows, table, solver, torch.tensor(active, device=device))
+
+
+def check_compatible(recipe: Recipe, prediction_type: str) -> None:
+    """Refuse a student whose parameterisation the base's output cannot start from."""
+    wanted = {"ddim_eps": "epsilon", "diff_eps": "epsilon", "ddim_v": "v_prediction"}.get(recipe.student.prediction_type)
+    if wanted and wanted != prediction_type:
+        fitting = {"epsilon": "ddim_eps", "v_prediction": "ddim_v"}.get(prediction_type, "velocity")
+        raise UserError(f"student.prediction_type = '{recipe.student.prediction_type}' needs a base with prediction_type '{wanted}', "
+                        f"but this base has '{prediction_type}'; write student.prediction_type = '{fitting}'.")

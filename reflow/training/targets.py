@@ -1,0 +1,62 @@
+"""From a solved window to what the student sees and is compared with, as the recipe's [objective] says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from reflow_kernels import AlignedVLoss, window_chord
+
+from reflow.config import Objective
+from reflow.flow import ChordTable, objective, snap
+
+
+@dataclass
+class Points:
+    """R student samples: z_t, velocity, z_end [R,C,h,w] fp32, model_input [R,C,h,w], window and t [R]."""
+
+    z_t: torch.Tensor
+    velocity: torch.Tensor
+    z_end: torch.Tensor
+    model_input: torch.Tensor
+    window: torch.Tensor
+    t: torch.Tensor
+
+
+def times(draws: torch.Tensor, window: torch.Tensor, table: ChordTable, settings: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """(t, tau) of shape [...] from uniforms draws [..., 2] and windows [...]: the recipe's density, on its time grid."""
+    tau = objective.sample_tau(draws, settings.time_density, share=settings.time_share, upper=settings.time_upper)
+    t = table.time(window, tau)
+    if settings.time_grid:
+        t = snap(t, settings.time_grid, table.t_start[window])
+        tau = table.tau(window, t).clamp(0.0, 1.0)
+    return t, tau
+
+
+def points(z_start: torch.Tensor, z_end: torch.Tensor, window: torch.Tensor, draws: torch.Tensor, table: ChordTable,
+           settings: Objective, *, input_dtype: torch.dtype | None = None) -> Points:
+    """M points on each of B solved windows, chord-major (row m*B + b). draws: [B, M, 2] uniforms."""
+    chords, batch = draws.shape[1], len(z_start)
+    windows = window.repeat(chords)
+    t, tau = times(draws.transpose(0, 1).reshape(-1, 2), windows, table, settings)
+    if chords == 1:
+        z_t, velocity, model_input = window_chord(z_start, z_end, tau, table.dt[window], input_dtype=input_dtype)
+    else:
+        z_t, velocity, model_input = window_chord(z_start, z_end, tau.view(chords, batch), table.dt[window], input_dtype=input_dtype)
+        z_t, model_input = z_t.flatten(0, 1), model_input.flatten(0, 1)
+        velocity, z_end = (x.repeat(chords, *[1] * (x.dim() - 1)) for x in (velocity, z_end))
+    if settings.points == "schedule":
+        starts = z_start.repeat(chords, *[1] * (z_start.dim() - 1))
+        z_t = objective.schedule_point(table, starts, z_end, windows, t)
+        model_input = z_t if input_dtype is None else z_t.to(input_dtype)
+    return Points(z_t, velocity, z_end, model_input, windows, t)
+
+
+def loss(output: torch.Tensor, at: Points, table: ChordTable, settings: Objective, *, kind: str, direction_weight: float,
+         weight: torch.Tensor | None = None) -> AlignedVLoss:
+    """The recipe's loss of the student's output [R,C,h,w] at the points; `weight` [R] is 0 for a sample that must not count."""
+    if settings.points == "schedule":
+        return objective.schedule_loss(output, at.z_end, at.z_t, table, at.window, at.t, kind=kind, weight=weight, huber_c=settings.huber_c)
+    return objective.chord_loss(output, at.velocity, at.z_t, table, at.window, at.t, kind=kind, space=settings.space,
+                                direction_weight=direction_weight, weight=weight, huber_c=settings.huber_c,
+                                direction_scale="speed" if settings.direction_norm == "window_speed" else "none")

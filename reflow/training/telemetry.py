@@ -1,0 +1,165 @@
+"""What a run tells: JSON lines and TensorBoard always, wandb when asked. Nothing here waits for the GPU between two reports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from reflow.errors import UserError
+
+PARTS = ("data", "teacher", "student", "optimizer")
+
+
+class Clock:
+    """Seconds spent in the named parts of a step: CUDA events on a GPU, read only at a report; the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if self.cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self.events.append((name, start, end))
+        else:
+            start_s = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - start_s
+
+    def read(self) -> dict[str, float]:
+        """Seconds a part since the last reading."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            for name, start, end in self.events:
+                self.seconds[name] += start.elapsed_time(end) / 1000
+            self.events.clear()
+        taken, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
+        return taken
+
+
+class Meter:
+    """Sums over samples, on the device: loss, squared error, its magnitude part and 1 - cosine, per window, and non-finite samples."""
+
+    COLUMNS = ("count", "mse", "magnitude", "cosine", "excluded")
+
+    def __init__(self, windows: int, device: torch.device) -> None:
+        self.sums = torch.zeros(windows, len(self.COLUMNS), dtype=torch.float64, device=device)
+        self.loss = torch.zeros(2, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((1,), -1, dtype=torch.long, device=device)
+
+    def add(self, window: torch.Tensor, loss: torch.Tensor, mse: torch.Tensor, magnitude: torch.Tensor, cosine: torch.Tensor,
+            good: torch.Tensor, step: int) -> None:
+        """Per-sample values [B] of one micro-batch. `good` marks the samples that counted."""
+        kept = good.double()
+        columns = [kept] + [torch.where(good, v.detach().double(), 0.0) for v in (mse, magnitude, cosine)] + [1.0 - kept]
+        self.sums.index_add_(0, window, torch.stack(columns, 1))
+        self.loss += torch.stack([loss.detach().double(), torch.ones_like(self.loss[0])])
+        self.bad_step = torch.where((~good).any() & (self.bad_step < 0), torch.full_like(self.bad_step, step), self.bad_step)
+
+    def read(self) -> dict[str, Any]:
+        """Averages over all ranks since the last reading. Every rank calls it."""
+        both = torch.cat([self.sums.flatten(), self.loss])
+        dist.all_reduce(both)
+        dist.all_reduce(self.bad_step, op=dist.ReduceOp.MAX)
+        sums, loss, bad = both[:-2].view_as(self.sums).cpu(), both[-2:].cpu(), int(self.bad_step)
+        self.sums.zero_(), self.loss.zero_(), self.bad_step.fill_(-1)
+        count = sums[:, :1].clamp(min=1)
+        means = sums[:, 1:4] / count
+        return {"loss": float(loss[0] / loss[1].clamp(min=1)),
+                "windows": [{"window": k, "samples": int(sums[k, 0]), "mse": float(means[k, 0]), "magnitude": float(means[k, 1]),
+                             "direction": float(means[k, 0] - means[k, 1]), "one_minus_cosine": float(means[k, 2])}
+                            for k in range(len(sums)) if sums[k, 0] > 0],
+                "excluded": int(sums[:, 4].sum()), "bad_step": bad}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"sums": self.sums.cpu(), "loss": self.loss.cpu(), "bad_step": self.bad_step.cpu()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name in ("sums", "loss", "bad_step"):
+            getattr(self, name).copy_(state[name])
+
+
+class Log:
+    """run_dir/log.jsonl and TensorBoard events, written by rank 0. Resuming drops the lines written after the checkpoint."""
+
+    def __init__(self, run_dir: pathlib.Path, *, wandb: bool = False, name: str = "", resume_at: int | None = None) -> None:
+        self.path, self.writer, self.wandb = run_dir / "log.jsonl", None, None
+        if dist.get_rank() != 0:
+            return
+        if resume_at is not None and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if parses(line) and json.loads(line)["total_samples"] <= resume_at]
+            temporary = self.path.with_name(".log.jsonl.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.path)
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
+        if wandb:
+            try:
+                import wandb as module
+            except ImportError as error:
+                raise UserError("log.wandb = true needs the package wandb; install it with 'pip install wandb' or write false.") from error
+            self.wandb = module.init(project="reflow", name=name, dir=str(run_dir), resume="allow", id=run_dir.name)
+
+    def write(self, event: str, total_samples: int, values: dict[str, Any]) -> None:
+        if dist.get_rank() != 0:
+            return
+        with open(self.path, "a") as handle:
+            handle.write(json.dumps({"event": event, "total_samples": total_samples, **values}) + "\n")
+        numbers = dict(scalars(event, values))
+        for tag, value in numbers.items():
+            self.writer.add_scalar(tag, value, total_samples)
+        self.writer.flush()
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=total_samples)
+
+    def image(self, tag: str, picture: Any, total_samples: int) -> None:
+        """picture: uint8 array [H, W, 3]."""
+        if self.writer is not None:
+            self.writer.add_image(tag, picture, total_samples, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def parses(line: str) -> bool:
+    # A run that was killed may have left half a line.
+    with contextlib.suppress(json.JSONDecodeError):
+        return "total_samples" in json.loads(line)
+    return False
+
+
+def scalars(prefix: str, values: Any) -> Iterator[tuple[str, float]]:
+    """Every number of a nested record as ('train/windows/0/mse', 0.5)."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from scalars(f"{prefix}/{key}", value)
+    elif isinstance(values, list):
+        for item in values:
+            if isinstance(item, dict) and "window" in item:
+                where = f"{prefix}/{item['window']}" + (f"/tau {item['tau']:g}" if "tau" in item else "")
+                yield from scalars(where, {k: v for k, v in item.items() if k not in ("window", "tau")})
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield prefix, float(values)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,161 @@
+"""It cannot silently train to noise: the untrained student is checked before the first step, and fixed pictures and losses are kept all along."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, PngImagePlugin
+from reflow_kernels import cfg_combine
+
+from reflow.config import Recipe
+from reflow.data import sampler
+from reflow.errors import UserError
+from reflow.flow import DiscreteVP, Windows, WindowSolver, network_time
+from reflow.models.family import Base, Conditioning, denoise
+from reflow.sampling import PiecewiseFlowScheduler
+from reflow.training import targets
+from reflow.training.solves import Solver
+from reflow.training.stages import StageFlow
+from reflow.training.telemetry import Log
+
+TAUS = (0.0, 0.25, 0.5, 0.75)
+FIXED = 2**40  # solves of validation: far behind any that trains
+START_TOLERANCE = 1e-3
+
+
+class Validation:
+    """Fixed prompts, noises and solved windows of one stage. Rank 0 does the work, the others wait."""
+
+    def __init__(self, recipe: Recipe, flow: StageFlow, base: Base, solver: Solver, run_dir: pathlib.Path, log: Log) -> None:
+        self.recipe, self.flow, self.base, self.solver, self.log = recipe, flow, base, solver, log
+        self.folder, self.device = run_dir / "validation", solver.device
+        self.schedule = DiscreteVP.from_config(base.scheduler_config)
+        settings, data = recipe.validate_, solver.data
+        if settings.prompts:
+            conditioning = base.encode_prompts(list(settings.prompts))
+        else:
+            conditioning = data.conditioning(torch.arange(min(settings.images, len(data))))
+        self.conditioning = conditioning.to(self.device, torch.float32)
+        _, noise = sampler.solve_draws(recipe.train.seed, 0, list(range(FIXED, FIXED + len(conditioning))), data.shape)
+        self.noise = noise.to(self.device)
+        self.rows: list[tuple[str, torch.Tensor]] = []
+
+    def model(self, unet: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """unet as a function of (sample, timestep), guided by validate.guidance_scale; at 1 no unconditional half is computed."""
+        scale, conditioning = self.recipe.validate_.guidance_scale, self.conditioning
+        if scale == 1.0:
+            return lambda z, t: denoise(unet, z, t, conditioning)
+        null = self.solver.data.null.select(torch.zeros(len(conditioning), dtype=torch.long)).to(self.device, torch.float32)
+        both: Conditioning = null.cat(conditioning)
+        return lambda z, t: cfg_combine(denoise(unet, torch.cat([z, z]), torch.cat([t, t]), both), scale)
+
+    @torch.no_grad()
+    def student_latents(self, unet: torch.nn.Module, steps: int, windows: Windows | None = None) -> torch.Tensor:
+        """Latents of the fixed prompts by the scheduler that is exported with the student."""
+        config = {k: v for k, v in self.base.scheduler_config.items() if not k.startswith("_")}
+        scheduler = PiecewiseFlowScheduler.from_config(
+            config, window_boundaries=(windows or self.flow.windows).boundaries, prediction_type=self.recipe.student.prediction_type,
+            network_time=self.recipe.student.network_time)
+        scheduler.set_timesteps(steps)
+        z, model = self.noise, self.model(unet)
+        for t in scheduler.timesteps:
+            z = scheduler.step(model(z, t.to(self.device, torch.float32).expand(len(z))), t, z).prev_sample
+        return z
+
+    @torch.no_grad()
+    def teacher_latents(self, unet: torch.nn.Module, windows: Windows, steps: int) -> torch.Tensor:
+        """Latents of the fixed prompts by the base's own DDIM: `steps` in each of the windows."""
+        solver = WindowSolver(self.schedule, windows, steps, prediction_type=self.base.prediction_type, device=self.device)
+        z, model = self.noise, self.model(unet)
+        for k in range(len(windows)):
+            z = solver.solve(model, z, torch.full((len(z),), k, device=self.device))
+        return z
+
+    def check_start(self, student: torch.nn.Module, total: int) -> None:
+        """Sample the untrained student. ddim_*: it must equal the DDIM of the network it starts from; others: say how far off it is.
+
+        Raises UserError where a ddim_* student does not start at its own DDIM: the wiring is wrong and training would learn noise.
+        """
+        steps, kind = len(self.flow.windows), self.recipe.student.prediction_type
+        if dist.get_rank() == 0:
+            start = self.base.unet if self.flow.index == 0 and not self.recipe.model.student_weights else student
+            own = self.teacher_latents(start, self.flow.windows, 1)
+            off = float((self.student_latents(student, steps) - own).norm() / own.norm())
+            self.log.write("start", total, {"stage": self.flow.index, "steps": steps, "distance_to_own_ddim": off})
+            exact = kind.startswith("ddim") and self.recipe.student.network_time == "index"
+            if not exact:
+                print(f"Stage {self.flow.index + 1}: the untrained {kind} student starts {off:.3g} (relative) away from its network's own "
+                      f"{steps}-step DDIM; it must first learn that back.", flush=True)
+            elif not off < START_TOLERANCE:
+                raise UserError(f"Stage {self.flow.index + 1}: the untrained student differs from its network's own {steps}-step DDIM by "
+                                f"{off:.3g} (relative), more than {START_TOLERANCE:g}; student.prediction_type, the base's scheduler and "
+                                f"its weights do not fit together.")
+        dist.barrier()
+
+    def solve_fixed(self) -> None:
+        """Solve the validation's windows once a stage."""
+        if dist.get_rank() == 0 and self.recipe.validate_.every:
+            count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
+            first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
+            self.fixed = self.solver(list(range(first, first + count)))
+        dist.barrier()
+
+    @torch.no_grad()
+    def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
+        """Squared error, its parts and 1 - cosine of the chord velocity at fixed places of every window."""
+        solved, records = self.fixed, []
+        for tau in TAUS:
+            places = torch.full((len(solved.window),), tau, device=self.device)
+            t = self.flow.table.time(solved.window, places)
+            z = torch.lerp(solved.z_start, solved.z_end, places.view(-1, 1, 1, 1))
+            velocity = (solved.z_end - solved.z_start) / self.flow.table.dt[solved.window].view(-1, 1, 1, 1)
+            output = denoise(unet, z, network_time(t, self.recipe.student.network_time), solved.conditioning)
+            at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
+            result = targets.loss(output, at, self.flow.table, self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"}),
+                                  kind="mse", direction_weight=0.0)
+            for k in self.flow.active.tolist():
+                here = solved.window == k
+                mse, magnitude = float(result.mse[here].mean()), float(result.magnitude[here].mean())
+                records.append({"window": k, "tau": tau, "mse": mse, "magnitude": magnitude, "direction": mse - magnitude,
+                                "one_minus_cosine": float(result.cosine[here].mean())})
+        return records
+
+    def run(self, averages: dict[str, torch.Tensor], total: int, network: Callable[[None], torch.nn.Module]) -> None:
+        """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher."""
+        if dist.get_rank() == 0:
+            unet = network(None).eval()
+            unet.load_state_dict(averages, strict=False)
+            self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
+            if not self.rows:
+                steps = self.recipe.validate_.teacher_steps
+                self.rows.append((f"teacher {steps}", self.base.decode(self.teacher_latents(self.base.unet, Windows((1.0, 0.0)), steps))))
+            rows = list(self.rows)
+            for steps in sorted(self.recipe.validate_.steps):
+                if steps >= len(self.flow.windows):
+                    rows.append((f"student {steps}", self.base.decode(self.student_latents(unet, steps))))
+            picture = labelled_grid(rows)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            notes = PngImagePlugin.PngInfo()
+            notes.add_text("reflow", f"{self.recipe.name}, stage {self.flow.index + 1}, {total} samples, EMA weights, "
+                                     f"guidance {self.recipe.validate_.guidance_scale:g}, seed {self.recipe.train.seed}")
+            Image.fromarray(picture).save(self.folder / f"{total:09d}.png", pnginfo=notes)
+            self.log.image("validation", picture, total)
+        dist.barrier()
+
+
+def labelled_grid(rows: list[tuple[str, torch.Tensor]]) -> np.ndarray:
+    """Rows of images [B,c,H,W] in [-1,1] under each other with a label at the left: uint8 [H, W, 3]."""
+    scale = max(1, 48 // rows[0][1].shape[-1])
+    lines = []
+    for label, images in rows:
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().expand(-1, 3, -1, -1)
+        line = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=128).permute(2, 0, 3, 1).flatten(1, 2).numpy()
+        line = line.repeat(scale, 0).repeat(scale, 1)
+        side = Image.new("RGB", (90, line.shape[0]), "white")
+        ImageDraw.Draw(side).text((4, line.shape[0] // 2 - 6), label, fill="black")
+        lines.append(np.concatenate([np.asarray(side), line], 1))
+    return np.concatenate(lines, 0)
