@@ -1,0 +1,1 @@
+"""Where training images, captions and their caches come from."""

@@ -1,0 +1,1 @@
+"""Measures of a sampled model: Fréchet distance, prompt accuracy, alignment, straightness, diversity."""

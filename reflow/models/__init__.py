@@ -1,0 +1,6 @@
+"""Model families: what reflow needs from a diffusers pipeline to train it, and the digits model that ships with the package."""
+
+from reflow.models.family import Base, Conditioning, Family, denoise
+from reflow.models.registry import FAMILIES, family
+
+__all__ = ["FAMILIES", "Base", "Conditioning", "Family", "denoise", "family"]

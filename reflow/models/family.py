@@ -1,0 +1,211 @@
+"""What a model family provides: a diffusers folder read into its parts, text and image encoding, and one way to call the UNet.
+
+SD1.5, SDXL and the digits model are all latent diffusion with CLIP text, so one `Base` serves them; a `Family` says which
+pipelines it takes, whether the text is pooled, and which folder is its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reflow.errors import UserError
+
+PARTS = ("unet", "vae", "text")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told besides sample and time; every tensor has one row a sample.
+
+    encoder_hidden_states [B,T,D]; text_embeds [B,P] and time_ids [B,6] for families with `text_time` conditioning, else None.
+    """
+
+    encoder_hidden_states: torch.Tensor
+    text_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    def _map(self, function: Any, *others: Conditioning) -> Conditioning:
+        values = {}
+        for name in (field.name for field in fields(self)):
+            tensors = [getattr(item, name) for item in (self, *others)]
+            if len({tensor is None for tensor in tensors}) > 1:
+                raise ValueError(f"Conditionings of two families cannot be combined: only one has {name}")
+            values[name] = None if tensors[0] is None else function(*tensors)
+        return Conditioning(**values)
+
+    def __len__(self) -> int:
+        return len(self.encoder_hidden_states)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def select(self, index: torch.Tensor | slice) -> Conditioning:
+        """Rows by number, boolean mask or slice."""
+        return self._map(lambda tensor: tensor[index])
+
+    def where(self, mask: torch.Tensor, other: Conditioning) -> Conditioning:
+        """Row i of self where mask[i], else row i of other; the mask is boolean [B]."""
+        return self._map(lambda a, b: torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), other)
+
+    def cat(self, other: Conditioning) -> Conditioning:
+        """Rows of self, then rows of other (guidance: null.cat(prompt))."""
+        return self._map(lambda a, b: torch.cat([a, b]), other)
+
+    def expand(self, batch: int) -> Conditioning:
+        """One row repeated to [batch] as a view."""
+        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+
+def denoise(unet: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    """UNet output [B,C,h,w] for sample [B,C,h,w] at network timesteps [B] (schedule indices, float or integer)."""
+    added = None
+    if conditioning.text_embeds is not None:
+        added = {"text_embeds": conditioning.text_embeds, "time_ids": conditioning.time_ids}
+    return unet(sample, timestep, conditioning.encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+@dataclass
+class Base:
+    """A pre-trained diffusion model, read from a diffusers folder. A part that was not asked for is None.
+
+    Networks come in eval mode; VAE and text encoders are frozen. `configs` holds the config of every part, loaded or not.
+    """
+
+    family: Family
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]]
+    unet: Any = None
+    vae: Any = None
+    tokenizers: Sequence[Any] = ()
+    text_encoders: Sequence[Any] = ()
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The config of the base's scheduler: betas, number of indices, prediction_type."""
+        return self.configs["scheduler"]
+
+    schedule_config = scheduler_config
+
+    @property
+    def prediction_type(self) -> str:
+        """How the UNet's output reads: "epsilon", "v_prediction" or "sample"."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.configs["vae"].get("block_out_channels", (0,) * 4)) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that the base was trained at."""
+        return self.configs["unet"]["sample_size"] * self.vae_scale_factor
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of square images of this side in pixels (default: the base's own)."""
+        resolution = resolution or self.resolution
+        cell = self.vae_scale_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
+        if resolution % cell:
+            raise UserError(f"Resolution {resolution} does not fit the {self.family.name} base at {self.path}: "
+                            f"write a multiple of {cell}.")
+        side = resolution // self.vae_scale_factor
+        return self.configs["unet"]["in_channels"], side, side
+
+    def _time_ids(self, batch: int, resolution: int | tuple[int, int] | None) -> torch.Tensor | None:
+        if not self.family.pooled:
+            return None
+        height, width = (resolution,) * 2 if isinstance(resolution, int) else resolution or (self.resolution,) * 2
+        encoder = self._text()[0]
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=encoder.dtype, device=encoder.device)
+        return row.repeat(batch, 1)
+
+    def _text(self) -> Sequence[Any]:
+        if not self.text_encoders:
+            raise ValueError("This base was loaded without its text encoders; load it with parts including 'text'")
+        return self.text_encoders
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], resolution: int | tuple[int, int] | None = None) -> Conditioning:
+        """Conditioning of prompts [B] as the diffusers pipeline makes it, on the encoders' device and in their dtype.
+
+        `resolution` (side, or height and width) fills the time ids of families that have them: original size and target size
+        alike, no crop; by default the base's own.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self._text(), strict=True):
+            ids = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                            return_tensors="pt").input_ids.to(encoder.device)
+            if self.family.pooled:
+                output = encoder(ids, output_hidden_states=True)
+                # SDXL reads the layer before the last of both encoders; the last encoder's projection is the pooled text.
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0]
+            else:
+                hidden.append(encoder(ids)[0])
+        return Conditioning(torch.cat(hidden, -1), pooled, self._time_ids(len(prompts), resolution))
+
+    def null_conditioning(self, batch: int = 1, resolution: int | tuple[int, int] | None = None) -> Conditioning:
+        """The base pipeline's own null prompt, [batch] rows: zeros where its `force_zeros_for_empty_prompt` says so, else ""."""
+        null = self.encode_prompts([""], resolution)
+        if self.family.pooled and self.configs["pipeline"].get("force_zeros_for_empty_prompt", True):
+            null = Conditioning(torch.zeros_like(null.encoder_hidden_states), torch.zeros_like(null.text_embeds), null.time_ids)
+        return null.select(torch.zeros(batch, dtype=torch.long, device=null.encoder_hidden_states.device))
+
+    def _latent_scale(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """(scale, shift): scaled latents = (latents - shift) * scale."""
+        config = self.configs["vae"]
+        scale = config.get("scaling_factor") or 1.0
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (torch.tensor(config[key], device=self.vae.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            return scale / std, mean
+        return scale, config.get("shift_factor") or 0.0
+
+    def _vae(self) -> Any:
+        if self.vae is None:
+            raise ValueError("This base was loaded without its VAE; load it with parts including 'vae'")
+        return self.vae
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Latents [B,C,h,w] fp32, scaled as the UNet reads them, of pixels [B,c,H,W] in [-1,1].
+
+        They are the mode of the VAE's posterior, or a draw from it if a generator is given.
+        """
+        vae = self._vae()
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        scale, shift = self._latent_scale()
+        return (latents.float() - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B,c,H,W] fp32, clamped to [-1,1], of scaled latents [B,C,h,w]."""
+        vae = self._vae()
+        scale, shift = self._latent_scale()
+        return vae.decode((latents.to(vae.device).float() / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of base: the pipelines it takes, whether it has pooled text and time ids, and its built-in folder if it has one."""
+
+    name: str
+    pipelines: tuple[str, ...]
+    pooled: bool
+    builtin: Path | None = None
+
+    def load(self, path: str | Path = "builtin", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+             parts: Sequence[str] = PARTS) -> Base:
+        """Read a base from a diffusers folder, a hub repository's name, or "builtin" (the committed digits model).
+
+        Weights are cast to `dtype`; a VAE that asks for it (`force_upcast`) stays fp32. UserError names the file at fault.
+        """
+        from reflow.models.folder import load_base
+
+        return load_base(self, path, device=torch.device(device), dtype=dtype, parts=tuple(parts))
