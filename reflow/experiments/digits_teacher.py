@@ -207,23 +207,29 @@ def main() -> None:
     unet_seconds = time.perf_counter() - start
     save(parts, args.out)
 
-    import diffusers
-    import transformers
-
     from reflow.experiments.digits_quality import evaluate
 
     report = dict(
         command="python -m reflow.experiments.digits_teacher",
         settings={key: value for key, value in vars(args).items() if key != "out"},
-        machine=dict(processor=processor(), system=platform.platform(), python=platform.python_version(), torch=torch.__version__,
-                     diffusers=diffusers.__version__, transformers=transformers.__version__),
+        machine=machine(),
         seconds=dict(vae=round(vae_seconds, 1), unet=round(unet_seconds, 1)),
         parameters={name: sum(p.numel() for p in parts[name].parameters()) for name in ("vae", *TEACHER)},
-        vae_mse=error, loss_curve_every_20_steps=curve,
+        vae_mse=error,
+        loss_every_20_steps=curve,
         evaluation=evaluate(args.out, samples=args.samples, device=args.device),
     )
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["evaluation"], indent=1))
+
+
+def machine() -> dict[str, str]:
+    """Processor and versions that a result belongs to."""
+    import diffusers
+    import transformers
+
+    return dict(processor=processor(), system=platform.platform(), python=platform.python_version(), torch=torch.__version__,
+                diffusers=diffusers.__version__, transformers=transformers.__version__)
 
 
 def processor() -> str:

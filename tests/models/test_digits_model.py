@@ -81,6 +81,15 @@ def test_pipeline_and_family_agree(pipeline, base, device):
     torch.testing.assert_close(sample, pipe_latents.float(), atol=1e-4, rtol=1e-4)
 
 
+def test_measured_samples_are_those_of_the_pipeline(pipeline, base, device):
+    """What the quality report measures is what a user of diffusers gets from the same noise."""
+    labels = torch.tensor([3, 8, 1])
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)).to(device, pipeline.dtype)
+    theirs = pipeline(data.prompts(labels), num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt").images
+    ours = ddim(base, labels, 4, seed=2) / 2 + 0.5
+    torch.testing.assert_close(ours, theirs.float().cpu(), atol=1e-4, rtol=0)
+
+
 def test_tokens_of_captions_and_of_foreign_text(base):
     first, second = base.tokenizers
     for label in range(10):
