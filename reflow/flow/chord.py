@@ -1,12 +1,14 @@
 """The chord: inside a window alpha and sigma are linear in t between the window's two boundary values.
 
-Time runs from t=1 (noise) to t=0 (data), so dt = t_end - t_start < 0, and tau = (t - t_start)/dt runs from 0 to 1 inside a
-window. One schedule serves every parameterisation of a student: with x^, eps^ read from its output on the chord,
+Time runs from t=1 (noise) to t=0 (data), so dt = t_end - t_start < 0, and tau = (t - t_start)/dt runs from 0 to 1
+inside a window. One schedule serves every parameterisation of a student: with x^, eps^ read from its output on the
+chord,
 
-    velocity = ((A_e - A_s) x^ + (S_e - S_s) eps^) / (t_e - t_s)        A, S: alpha, sigma at the window's start (s), end (e)
+    velocity = ((A_e - A_s) x^ + (S_e - S_s) eps^) / (t_e - t_s)
 
-which is PeRFlow's closed form (arXiv 2405.07510, equation 6; methods.md 2.4) for eps networks, gives v-prediction bases the
-same treatment and stays finite for them at zero terminal SNR. All coefficients are [B] tensors on the table's device.
+with A, S the alpha, sigma at the window's start (s) and end (e). This is PeRFlow's closed form (arXiv 2405.07510,
+equation 6) for eps networks, gives v-prediction bases the same treatment and stays finite for them at zero terminal
+SNR. All coefficients are [B] tensors on the table's device.
 """
 
 from __future__ import annotations
@@ -19,21 +21,21 @@ from .schedule import Schedule
 from .windows import Windows
 
 PREDICTION_TYPES = ("ddim_eps", "ddim_v", "diff_eps", "velocity")
-# Below this alpha an eps output says nothing about the data: x^ = (z - sigma eps^)/alpha amplifies its error 1000 times.
+# Below this alpha an eps output says nothing about the data: x^ = (z - sigma eps^)/alpha multiplies its error by 1000.
 MIN_ALPHA = 1e-3
 
 
 class ChordTable:
     """Constants of K windows on a schedule and the student's reading of its output in them.
 
-    prediction_type is "ddim_eps", "ddim_v" (ordinary eps- and v-prediction read on the chord), "diff_eps" (ddim_eps with a
-    per-window rescale, the published PeRFlow SD1.5 weights; methods.md 2.3) or "velocity" (the output is the velocity).
+    prediction_type is "ddim_eps", "ddim_v" (ordinary eps- and v-prediction read on the chord), "diff_eps" (ddim_eps
+    with a per-window rescale, the published PeRFlow SD1.5 weights) or "velocity" (the output is the velocity).
     Computed in fp64, kept as `dtype` [K] tensors on `device`:
 
     t_start, t_end, dt              the window, dt < 0
     alpha_start, sigma_start, alpha_end, sigma_end   the schedule at its boundaries
-    speed                           root mean square of v_target for unit-variance x0 and one constant eps: the size that an
-                                    error in velocity should be compared with (methods.md 1.2)
+    speed                           root mean square of v_target for unit-variance x0 and one constant eps: the size
+                                    that an error in velocity should be compared with
 
     Raises ValueError for an unknown prediction type and for an eps type in a window whose start carries no signal.
     """
@@ -59,8 +61,9 @@ class ChordTable:
         if prediction_type in ("ddim_eps", "diff_eps") and bool((a_s < MIN_ALPHA).any()):
             k = int((a_s < MIN_ALPHA).nonzero()[0])
             raise ValueError(
-                f'prediction_type "{prediction_type}" cannot be used in window {k}, which starts at t={windows.t_start[k]:g} with '
-                f"alpha={float(a_s[k]):.2g}: at zero terminal SNR a noise prediction says nothing about the image; use "
+                f'prediction_type "{prediction_type}" cannot be used in window {k}, which starts at '
+                f"t={windows.t_start[k]:g} with alpha={float(a_s[k]):.2g}: at zero terminal SNR a noise prediction "
+                "says nothing about the image; use "
                 '"ddim_v" or "velocity", or a schedule without the rescaling to zero terminal SNR.'
             )
         cross = s_e * a_s - a_e * s_s
@@ -111,7 +114,8 @@ class ChordTable:
         return alpha, torch.lerp(self.sigma_start[window], self.sigma_end[window], tau)
 
     def velocity_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(sample_coef, output_coef), both [B]: velocity^ = sample_coef * z_t + output_coef * output. Velocity: (0, 1)."""
+        """(sample_coef, output_coef), both [B]: velocity^ = sample_coef * z_t + output_coef * output. "velocity":
+        (0, 1)."""
         if self.prediction_type == "velocity":
             zero = torch.zeros_like(self.dt[window])
             return zero, torch.ones_like(zero)
@@ -130,15 +134,16 @@ class ChordTable:
         return 1.0 + remaining * sample_coef, remaining * output_coef
 
     def output_target_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, n), both [B]: the output that reads as velocity v at z_t is m z_t + n v, the inverse of velocity_coefficients."""
+        """(m, n), both [B]: the output that reads as velocity v at z_t is m z_t + n v, the inverse of
+        velocity_coefficients."""
         sample_coef, output_coef = self.velocity_coefficients(window, t)
         return -sample_coef / output_coef, 1.0 / output_coef
 
     def eps_weight(self, window: Tensor, t: Tensor) -> Tensor:
-        """[B] factor that turns a velocity MSE into the eps-space MSE of the same prediction (methods.md 2.6, squared).
+        """[B] factor that turns a velocity MSE into the eps-space MSE of the same prediction.
 
-        diff_eps counts its own, rescaled noise; every other type counts the noise eps^ that its velocity implies at z_t. Finite for
-        all of them: 0 where the chord's alpha is 0.
+        diff_eps counts its own, rescaled noise; every other type counts the noise eps^ that its velocity implies at
+        z_t. Finite for all of them: 0 where the chord's alpha is 0.
         """
         alpha, _ = self.alpha_sigma(window, t)
         return (alpha / self._eps_rate[window]) ** 2
@@ -149,7 +154,7 @@ class ChordTable:
         return self._mix(x0, noise, alpha, sigma)
 
     def start(self, x0: Tensor, noise: Tensor, window: Tensor) -> Tensor:
-        """z at the window's noisy end, A_s x0 + S_s noise, [B, ...] in the table's dtype (PeRFlow's noised real start)."""
+        """z at the window's noisy end, A_s x0 + S_s noise, [B, ...] in the table's dtype (PeRFlow's noised start)."""
         return self._mix(x0, noise, self.alpha_start[window], self.sigma_start[window])
 
     def _mix(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Data whose flow is known exactly: what solvers and training are tested on.
 
-Time runs from t=1 (noise) to t=0 (data). z = alpha x0 + sigma eps; tensors are [B, ...] with the data's own trailing shape, alpha
-and sigma [B] or scalars, and everything is computed in the dtype of z.
+Time runs from t=1 (noise) to t=0 (data). z = alpha x0 + sigma eps; tensors are [B, ...] with the data's own trailing
+shape, alpha and sigma [B] or scalars, and everything is computed in the dtype of z.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ class GaussianData:
         alpha_end: Tensor | float,
         sigma_end: Tensor | float,
     ) -> Tensor:
-        """The probability-flow ODE's exact map from (alpha, sigma) to (alpha_end, sigma_end): it keeps z's standardised value."""
+        """The probability-flow ODE's exact map from (alpha, sigma) to (alpha_end, sigma_end): z keeps its
+        standardised value."""
         mean = self.mean.to(z)
         ratio = self.spread(alpha_end, sigma_end, z) / self.spread(alpha, sigma, z)
         return expand(alpha_end, z) * mean + ratio * (z - expand(alpha, z) * mean)
 
     def chord_velocity(self, z_t: Tensor, table: ChordTable, window: Tensor, t: Tensor) -> Tensor:
-        """The exact velocity of the one chord of the window through z_t at time t: chords of a Gaussian do not cross."""
+        """The exact velocity of the one chord of the window through z_t at t: chords of a Gaussian do not cross."""
         mean = self.mean.to(z_t)
         ratio = self.spread(table.alpha_end[window], table.sigma_end[window], z_t)
         ratio = ratio / self.spread(table.alpha_start[window], table.sigma_start[window], z_t)
@@ -123,7 +124,7 @@ class MixtureData:
 
 
 def network(data: Data, schedule: Schedule, prediction_type: str = "epsilon") -> Callable[[Tensor, Tensor], Tensor]:
-    """The perfect network of `data` on `schedule`: (z [B, ...], timestep [B]) -> output of prediction_type, dtype of z."""
+    """The perfect network of `data` on `schedule`: (z [B, ...], timestep [B]) -> output of prediction_type, like z."""
 
     def call(z: Tensor, timestep: Tensor) -> Tensor:
         alpha, sigma = (value.to(z.dtype) for value in schedule.at_timestep(timestep.double()))

@@ -1,6 +1,7 @@
 """What a student is trained on: where in a window, and how its output is compared with the chord.
 
-Time runs from t=1 (noise) to t=0 (data); tau = 0 at a window's noisy start, 1 at its clean end. Per-sample numbers are [B].
+Time runs from t=1 (noise) to t=0 (data); tau = 0 at a window's noisy start, 1 at its clean end. Per-sample
+numbers are [B].
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def sample_tau(
 ) -> Tensor:
     """Places inside windows from uniforms: u [..., 2] in [0, 1) -> tau [...] in [0, 1), dtype and device of u.
 
-    A deterministic function of u, so that a sample's time belongs to the sample alone. u[..., 0] makes the mixture's choice
-    and u[..., 1] the place:
+    A deterministic function of u, so that a sample's time belongs to the sample alone. u[..., 0] makes the mixture's
+    choice and u[..., 1] the place:
 
     "uniform"       all of the window (PeRFlow).
-    "u_shaped"      rfpp's symmetric density a (e^{a tau} + e^{a (1-tau)}) / (2 (e^a - 1)) with a = `sharpness`, inside the window
-                    (arXiv 2405.20320, code; the paper prints a one-sided form).
-    "window_start"  the start itself for `share` of the samples, the rest uniform over [0, upper): a few-step student is used
-                    at the starts, and the second half of a window hurts most.
+    "u_shaped"      rfpp's symmetric density a (e^{a tau} + e^{a (1-tau)}) / (2 (e^a - 1)) with a = `sharpness`, inside
+                    the window (arXiv 2405.20320, code; the paper prints a one-sided form).
+    "window_start"  the start itself for `share` of the samples, the rest uniform over [0, upper): a few-step student
+                    is used at the starts, and the second half of a window hurts most.
     """
     _check(kind, TIME_DENSITIES, "time_density")
     choice, place = u[..., 0], u[..., 1]
@@ -48,11 +49,11 @@ def sample_tau(
         return place.clone()
     if kind == "u_shaped":
         if not sharpness > 0:
-            raise ValueError(f'The "u_shaped" time density has sharpness {sharpness}; it must be above 0 (rfpp uses 4).')
+            raise ValueError(f'"u_shaped" has sharpness {sharpness}; it must be above 0 (rfpp uses 4).')
         one_sided = torch.log1p(place * math.expm1(sharpness)) / sharpness
         return torch.where(choice < 0.5, one_sided, 1.0 - one_sided).clamp(0.0, _BELOW_ONE)
     if not (0.0 <= share <= 1.0 and 0.0 < upper <= 1.0):
-        raise ValueError(f'"window_start" has share {share} and upper end {upper}; both must lie in [0, 1], upper above 0.')
+        raise ValueError(f'"window_start" has share {share} and upper {upper}; both must be in [0, 1], upper above 0.')
     return torch.where(choice < share, torch.zeros_like(place), (place * upper).clamp(max=_BELOW_ONE))
 
 
@@ -65,8 +66,8 @@ def u_shaped_density(tau: Tensor, sharpness: float = 4.0) -> Tensor:
 def time_weight(kind: str, table: ChordTable, window: Tensor, t: Tensor) -> Tensor | None:
     """[B] loss weight by time, as PeRFlow's SDXL code names them; None for "none".
 
-    "reciprocal": 1/max(1-t, .1)/2.3. "rcp_win": t_start of the window over the mean of all starts, (K+1)/(2K) for uniform
-    windows from 1 to 0.
+    "reciprocal": 1/max(1-t, .1)/2.3. "rcp_win": t_start of the window over the mean of all starts, (K+1)/(2K) for
+    uniform windows from 1 to 0.
     """
     _check(kind, TIME_WEIGHTS, "time_weight")
     if kind == "none":
@@ -94,16 +95,16 @@ def chord_loss(
 ) -> AlignedVLoss:
     """The student's chord velocity, read from `output` at z_t by `table`, against the window's (z_end - z_start)/dt.
 
-    output, target_velocity, z_t [B, ...]; window, t and weight [B]. Only output gets a gradient. The loss is a scalar; mse,
-    magnitude and cosine are [B], of velocities and without any weight, whatever the kind and the space.
+    output, target_velocity, z_t [B, ...]; window, t and weight [B]. Only output gets a gradient. The loss is a scalar;
+    mse, magnitude and cosine are [B], of velocities and without any weight, whatever the kind and the space.
 
-    kind: "aligned_v" (ProReflow, arXiv 2503.04824: mse + a (1 - cosine)), "mse", or "pseudo_huber" (sqrt(d^2 + c^2) - c, by
-        huber_norm per "element", averaged, or per "sample" with c = huber_c N, divided by N).
-    space: "velocity", or "eps" to weight time as a noise-matching loss does: errors of eps^ are |D/E| times those of the
-        velocity (methods.md 2.6), so the MSE is exactly that of the two noises.
-    direction_scale: "speed" takes a = direction_weight * speed^2 of the sample's window, which multiplies the direction part
-        of the mse by 1 + direction_weight/2 in every window; "none" takes direction_weight as it is, which boosts the
-        direction ~11 (K=4) to ~26 (K=8) times more in the noisiest window than in the cleanest.
+    kind: "aligned_v" (ProReflow, arXiv 2503.04824: mse + a (1 - cosine)), "mse", or "pseudo_huber" (sqrt(d^2 + c^2) -
+        c, by huber_norm per "element", averaged, or per "sample" with c = huber_c N, divided by N).
+    space: "velocity", or "eps" to weight time as a noise-matching loss does: errors of eps^ are |D/E| times those of
+        the velocity, so the MSE is exactly that of the two noises.
+    direction_scale: "speed" takes a = direction_weight * speed^2 of the sample's window, which multiplies the
+        direction part of the mse by 1 + direction_weight/2 in every window; "none" takes direction_weight as it is,
+        which boosts the direction ~11 (K=4) to ~26 (K=8) times more in the noisiest window than in the cleanest.
     """
     _check(kind, LOSSES, "loss")
     _check(space, SPACES, "loss_space")
@@ -124,8 +125,8 @@ def chord_loss(
 def schedule_point(table: ChordTable, z_start: Tensor, z_end: Tensor, window: Tensor, t: Tensor) -> Tensor:
     """The point at time t on the noise schedule of the pair's own (x0, eps): alpha_t x* + sigma_t eps*, [B, ...].
 
-    x* and eps* are what z_start and z_end determine together, so this is phased rectified diffusion's intermediate point
-    (arXiv 2410.07303; methods.md 3.3), alpha_t (z_s/alpha_s + (nsr_t - nsr_s) eps*), also where alpha_s is 0. The chord point of
+    x* and eps* are what z_start and z_end determine together, so this is phased rectified diffusion's intermediate
+    point (arXiv 2410.07303), alpha_t (z_s/alpha_s + (nsr_t - nsr_s) eps*), also where alpha_s is 0. The chord point of
     the same time lies 2 to 7 % away at four windows.
     """
     alpha, sigma = (value.to(table.dtype) for value in table.schedule.alpha_sigma(t.double()))
@@ -137,12 +138,12 @@ def schedule_point(table: ChordTable, z_start: Tensor, z_end: Tensor, window: Te
 
 
 def schedule_end_coefficients(table: ChordTable, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q), both [B]: z_end^ = p z_t + q output, a DDIM step to the window's end from a point on the noise schedule."""
+    """(p, q), both [B]: z_end^ = p z_t + q output, a DDIM step from the noise schedule to the window's end."""
     kinds = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}
     if table.prediction_type not in kinds:
         raise ValueError(
-            f'Points on the noise schedule need prediction_type "ddim_eps" or "ddim_v", not "{table.prediction_type}", whose output has '
-            "a meaning on the chord only."
+            'Points on the noise schedule need prediction_type "ddim_eps" or "ddim_v", not '
+            f'"{table.prediction_type}", whose output has a meaning on the chord only.'
         )
     alpha, sigma = table.schedule.alpha_sigma(t.double())
     a_e, s_e = table.alpha_end[window].double(), table.sigma_end[window].double()
@@ -165,8 +166,8 @@ def schedule_loss(
 ) -> AlignedVLoss:
     """Phased rectified diffusion's loss: z_end^ of a point on the noise schedule against the teacher's z_end.
 
-    Shapes as in chord_loss; kind "pseudo_huber" (the paper's) or "mse". mse, magnitude and cosine are those of z_end. t should
-    lie above t_end: at the window's end nothing is left to predict.
+    Shapes as in chord_loss; kind "pseudo_huber" (the paper's) or "mse". mse, magnitude and cosine are those of z_end.
+    t should lie above t_end: at the window's end nothing is left to predict.
     """
     _check(kind, ("pseudo_huber", "mse"), "loss")
     coefficients = schedule_end_coefficients(table, window, t)
@@ -209,7 +210,7 @@ def _pseudo_huber(
     _check(norm, tuple(HUBER_C), "huber_norm")
     c = HUBER_C[norm] if c is None else c
     if not c > 0:
-        raise ValueError(f"huber_c is {c}; it must be above 0, since at 0 the loss has no gradient where it is met exactly.")
+        raise ValueError(f"huber_c is {c}; it must be above 0, where the loss has a gradient everywhere.")
     with torch.no_grad():
         parts = _aligned(output.detach(), target, sample, coefficients, 0.0, None)
     prediction = output.to(target.dtype)

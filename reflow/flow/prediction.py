@@ -1,8 +1,9 @@
 """What a network's output means, read both ways, and the step that every reading shares.
 
-kinds: "epsilon" (noise), "sample" (data), "v_prediction" (alpha eps - sigma x0, VP velocity), "velocity" (eps - x0, flow
-velocity); the first three are diffusers' names. alpha and sigma are tensors of shape [B], [] or the sample's, or floats;
-[B] is broadcast over the sample's other dimensions. Time runs from t=1 (noise) to t=0 (data). Source: methods.md 0.1 to 0.3.
+kinds: "epsilon" (noise), "sample" (data), "v_prediction" (alpha eps - sigma x0, VP velocity), "velocity" (eps - x0,
+flow velocity); the first three are diffusers' names. alpha and sigma are tensors of shape [B], [] or the sample's, or
+floats; [B] is broadcast over the sample's other dimensions. Time runs from t=1 (noise) to t=0 (data). Sources:
+Salimans and Ho, arXiv 2202.00512 (v); diffusionflow.github.io (u, and DDIM as Euler).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ KINDS = ("epsilon", "sample", "v_prediction", "velocity")
 
 
 def _unknown(kind: str) -> ValueError:
-    return ValueError(f'Prediction kind "{kind}" is not known; known are ' + ", ".join(f'"{name}"' for name in KINDS) + ".")
+    known = ", ".join(f'"{name}"' for name in KINDS)
+    return ValueError(f'Prediction kind "{kind}" is not known; known are {known}.')
 
 
 def expand(coefficient: Tensor | float, like: Tensor) -> Tensor:
@@ -66,9 +68,9 @@ def convert(
 
 
 def mse_weight(kind: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """MSE of `kind` divided by the MSE of eps, at one z: x0 (sigma/alpha)^2, v (alpha^2+sigma^2)/alpha^2, u (1+sigma/alpha)^2.
+    """MSE of `kind` over the MSE of eps, at one z: x0 (sigma/alpha)^2, v 1 + (sigma/alpha)^2, u (1 + sigma/alpha)^2.
 
-    On VP the v weight is alpha^2 (e^-lambda + 1)^2 of methods.md 0.1, lambda = log(alpha^2/sigma^2).
+    On VP the v weight is alpha^2 (e^-lambda + 1)^2 as usually printed, lambda = log(alpha^2/sigma^2).
     """
     ratio = sigma / alpha
     if kind == "epsilon":
@@ -87,7 +89,8 @@ def ddim_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """(p, q) of the DDIM step z' = alpha' x0 + sigma' eps = p z + q output; shapes of the inputs.
 
-    The four readings differ in what the cross term (sigma' alpha - alpha' sigma) is divided by: alpha, -sigma, r, alpha + sigma.
+    The four readings differ in what the cross term (sigma' alpha - alpha' sigma) is divided by:
+    alpha, -sigma, r, alpha + sigma.
     """
     cross = sigma_next * alpha - alpha_next * sigma
     if kind == "epsilon":
@@ -125,27 +128,27 @@ def ddim_step(
     alpha_next: Tensor | float,
     sigma_next: Tensor | float,
 ) -> Tensor:
-    """One deterministic DDIM step (Song et al., arXiv 2010.02502, equation 12 with eta 0) from (alpha, sigma) to the next."""
+    """One deterministic DDIM step (Song et al., arXiv 2010.02502, equation 12, eta 0) to the next (alpha, sigma)."""
     x0, eps = to_x0_eps(kind, output, sample, alpha, sigma)
     return expand(alpha_next, sample) * x0 + expand(sigma_next, sample) * eps
 
 
 def flow_time(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Flow time t and scale c of a point on any schedule: t = sigma/(alpha+sigma), c = alpha+sigma, z = c x_t with
-    x_t = (1-t) x0 + t eps (methods.md 0.3)."""
+    x_t = (1-t) x0 + t eps."""
     scale = alpha + sigma
     return sigma / scale, scale
 
 
 def edm_sigma(t: Tensor, sigma_max: float | None = 80.0) -> Tensor:
-    """EDM's sigma = t/(1-t) of flow time t; z = x_t (1 + sigma). Held at sigma_max, the end of EDM's training range: the
-    clip t <= 1 - 1e-5 of rfpp alone asks for sigma = 1e5. None leaves it free (t=1 is then infinite)."""
+    """EDM's sigma = t/(1-t) of flow time t; z = x_t (1 + sigma). Held at sigma_max, the end of EDM's training range:
+    the clip t <= 1 - 1e-5 of rfpp alone asks for sigma = 1e5. None leaves it free (t=1 is then infinite)."""
     sigma = t / (1.0 - t)
     return sigma if sigma_max is None else sigma.clamp(max=sigma_max)
 
 
 def vp_time(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> tuple[Tensor, Tensor]:
-    """Continuous-VP time s and scale c of flow time t: sigma(s)/alpha(s) = t/(1-t) and z = c x_t (rfpp, table 1, corrected).
+    """Continuous-VP time s and scale c of flow time t: sigma(s)/alpha(s) = t/(1-t) and z = c x_t (rfpp, corrected).
 
     c = alpha(s)/(1-t) is taken as 1/sqrt((1-t)^2 + t^2), the same number without the 0/0 at t=1; there s is infinite.
     """

@@ -23,10 +23,10 @@ def index(t: Tensor, train_steps: int = TRAIN_STEPS) -> Tensor: ...
 
 
 def index(t: float | Tensor, train_steps: int = TRAIN_STEPS) -> int | Tensor:
-    """Schedule index of a time: max(round(1000 t) - 1, 0), so 1 -> 999, .75 -> 749, 0 -> 0 (half to even, as Python rounds).
+    """Schedule index of a time: max(round(1000 t) - 1, 0), so 1 -> 999, .75 -> 749, 0 -> 0.
 
-    A float gives an int, a tensor of any shape a LongTensor on its device. `train_steps` replaces 1000 for a schedule of
-    another length. The one function of windows, solver and sampler.
+    A float gives an int, a tensor of any shape a LongTensor on its device. `train_steps` replaces 1000 for a schedule
+    of another length. The one function of windows, solver and sampler.
     """
     if isinstance(t, Tensor):
         return (torch.round(t.double() * train_steps).long() - 1).clamp_(min=0)
@@ -43,7 +43,7 @@ def network_time(t: Tensor, mode: str = "index", train_steps: int = TRAIN_STEPS)
         return index(t, train_steps).to(torch.float32)
     if mode == "perflow":
         return (t.double() * train_steps).to(torch.float32)
-    raise ValueError(f'network_time is "{mode}"; write "index" (index(t), the base model\'s integers) or "perflow" (1000 t).')
+    raise ValueError(f'network_time is "{mode}"; write "index" (the base model\'s integers) or "perflow" (1000 t).')
 
 
 @runtime_checkable
@@ -66,14 +66,14 @@ class Schedule(Protocol):
 class DiscreteVP:
     """Variance preserving on a table: alpha = sqrt(abar[i]), sigma = sqrt(1 - abar[i]), i = 0 (data) .. N-1 (noise).
 
-    alphas_cumprod: [N], decreasing, in [0, 1]; kept in fp64. Times read the table at index(t, N), so t=0 is abar[0], as in
-    PeRFlow (its clean end is a very slightly noisy latent).
+    alphas_cumprod: [N], decreasing, in [0, 1]; kept in fp64. Times read the table at index(t, N), so t=0 is abar[0],
+    as in PeRFlow (its clean end is a very slightly noisy latent).
     """
 
     def __init__(self, alphas_cumprod: Tensor):
         table = torch.as_tensor(alphas_cumprod).detach().to(device="cpu", dtype=torch.float64).clone()
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}; give a 1-D table with one value per train step.")
+            raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}; give one value for each train step.")
         if not bool(((table >= 0) & (table <= 1)).all()) or not bool((table[1:] < table[:-1]).all()):
             raise ValueError("alphas_cumprod must decrease from near 1 (index 0, data) to near 0 (last index, noise).")
         self.alphas_cumprod = table
@@ -81,11 +81,12 @@ class DiscreteVP:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DiscreteVP:
-        """From a diffusers scheduler config: beta_start, beta_end, beta_schedule, num_train_timesteps, trained_betas and
-        rescale_betas_zero_snr (Lin et al., arXiv 2305.08891, algorithm 1). Keys left out mean what they mean in diffusers.
+        """From a diffusers scheduler config: beta_start, beta_end, beta_schedule, num_train_timesteps, trained_betas
+        and rescale_betas_zero_snr (Lin et al., arXiv 2305.08891, algorithm 1). Keys left out mean what they mean in
+        diffusers.
 
-        The table is diffusers' own, bit for bit: it is taken in fp32 as there (8e-7 relative from an fp64 one, which alone
-        would cost stock equality its last digit), and everything derived from it is fp64.
+        The table is diffusers' own, bit for bit: it is taken in fp32 as there (8e-7 relative from an fp64 one, which
+        alone would cost stock equality its last digit), and everything derived from it is fp64.
         Raises ValueError for a beta schedule that this class does not know and for a config without betas.
         """
         betas = betas_from_config(config)
@@ -132,26 +133,28 @@ def betas_from_config(config: Mapping[str, Any]) -> Tensor:
         return (1.0 - abar[1:] / abar[:-1]).clamp(max=0.999).float()
     if config.get("beta_start") is None or config.get("beta_end") is None:
         raise ValueError(
-            "The scheduler config has neither beta_start and beta_end nor trained_betas, so it describes no discrete VP schedule; "
-            "use the scheduler folder of an SD1.5 or SDXL base, or another schedule class."
+            "The scheduler config has neither beta_start and beta_end nor trained_betas, so it describes no discrete "
+            "VP schedule; use the scheduler folder of an SD1.5 or SDXL base, or another schedule class."
         )
     start, end = float(config["beta_start"]), float(config["beta_end"])
     if name == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if name == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    raise ValueError(f'beta_schedule "{name}" is not known here; known are "linear", "scaled_linear" and "squaredcos_cap_v2".')
+    known = '"linear", "scaled_linear" and "squaredcos_cap_v2"'
+    raise ValueError(f'beta_schedule "{name}" is not known here; known are {known}.')
 
 
 class ContinuousVP:
     """Continuous VP (score_sde): beta(t) = beta_min + (beta_max - beta_min) t, alpha = exp(-int_0^t beta / 2).
 
-    Its networks take 999 t. Source: Song et al., arXiv 2011.13456, appendix B; alpha = exp(-(9.95 t^2 + .1 t)/2) by default.
+    Its networks take 999 t. Source: Song et al., arXiv 2011.13456, appendix B. By default
+    alpha = exp(-(9.95 t^2 + .1 t)/2).
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
         if not 0 <= beta_min < beta_max:
-            raise ValueError(f"beta_min={beta_min} and beta_max={beta_max} must satisfy 0 <= beta_min < beta_max.")
+            raise ValueError(f"beta_min={beta_min} must be at least 0 and below beta_max={beta_max}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +170,14 @@ class ContinuousVP:
 
 
 class VE:
-    """Variance exploding (EDM): alpha = 1, sigma = t/(1-t) with t the flow time of methods.md 0.3, held at sigma_max.
+    """Variance exploding (EDM): alpha = 1, sigma = t/(1-t), t = sigma/(alpha+sigma) its flow time, up to sigma_max.
 
     Its networks take sigma itself. t=1 is sigma_max (EDM was trained up to 80, t=.98765), t=0 is sigma_min.
     """
 
     def __init__(self, sigma_max: float = 80.0, sigma_min: float = 0.0):
         if not 0 <= sigma_min < sigma_max:
-            raise ValueError(f"sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 <= sigma_min < sigma_max.")
+            raise ValueError(f"sigma_min={sigma_min} must be at least 0 and below sigma_max={sigma_max}.")
         self.sigma_max, self.sigma_min = float(sigma_max), float(sigma_min)
 
     def _sigma(self, t: Tensor) -> Tensor:

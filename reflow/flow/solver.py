@@ -1,9 +1,9 @@
 """The teacher's solve inside a window: from z at t_start to z at t_end, many windows in one batch.
 
-Time runs from t=1 (noise) to t=0 (data). Everything that depends on the window is a table computed in fp64 and gathered on
-the device by window number, so a solve has no host sync and no per-sample Python and can be captured in a CUDA graph.
-The state is fp32 (or `dtype`); only the network's input is cast. Sources: methods.md 0.2, 2.2; Karras et al., arXiv
-2206.00364, algorithm 1 (Heun).
+Time runs from t=1 (noise) to t=0 (data). Everything that depends on the window is a table computed in fp64 and
+gathered on the device by window number, so a solve has no host sync and no per-sample Python and can be captured in a
+CUDA graph. The state is fp32 (or `dtype`); only the network's input is cast. Sources: PeRFlow, arXiv 2405.07510 (the
+solve); Karras et al., arXiv 2206.00364, algorithm 1 (Heun).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Corrector:
-    """Heun's second half, [S, K] each: z' = keep z + predictor z~ + output o2, with o2 the network at z~ and `timestep`."""
+    """Heun's second half, [S, K] each: z' = keep z + predictor z~ + output o2, o2 the network at z~ and `timestep`."""
 
     keep: Tensor
     predictor: Tensor
@@ -37,15 +37,16 @@ class _Corrector:
 class WindowSolver:
     """A pre-trained teacher that solves its ODE from each window's start to its end in `steps` steps.
 
-    The grid is t_start + (t_end - t_start) i/S. On a discrete schedule the solver goes from index(t_i) to index(t_{i+1}) on the
-    table, with no floor division; repeated indices are a ValueError.
+    The grid is t_start + (t_end - t_start) i/S. On a discrete schedule the solver goes from index(t_i) to
+    index(t_{i+1}) on the table, with no floor division; repeated indices are a ValueError.
 
     prediction_type: what the network's output is ("epsilon", "v_prediction", "sample", "velocity").
-    method: "ddim"; "euler", the same step, since DDIM is Euler in each reading's own coordinates (methods.md 0.2); or "heun",
-        the trapezoid of flow velocities in z/(alpha+sigma) over sigma/(alpha+sigma), with its second evaluation at the step's
-        end. That step is Euler alone where the end has sigma = 0 (EDM's practice; abar[0] has sigma = .03, so VP tables keep Heun).
-    guidance_scale: None means that no unconditional half exists. A float or [B], 1.0 included, means the network gets 2B rows
-        [uncond; cond], in diffusers' convention u + w (c - u).
+    method: "ddim"; "euler", the same step, since DDIM is Euler in each reading's own coordinates; or "heun",
+        the trapezoid of flow velocities in z/(alpha+sigma) over sigma/(alpha+sigma), with its second evaluation at the
+        step's end. That step is Euler alone where the end has sigma = 0 (EDM's practice; abar[0] has sigma = .03, so
+        VP tables keep Heun).
+    guidance_scale: None means that no unconditional half exists. A float or [B], 1.0 included, means the network gets
+        2B rows [uncond; cond], in diffusers' convention u + w (c - u).
     """
 
     def __init__(
@@ -61,20 +62,21 @@ class WindowSolver:
         dtype: torch.dtype = torch.float32,
     ):
         if method not in METHODS:
-            raise ValueError(f'Solver method "{method}" is not known; known are "ddim", "euler" (the same step) and "heun".')
+            raise ValueError(f'Solver method "{method}" is not known; known are "ddim", "euler" (the same) and "heun".')
         if prediction_type not in KINDS:
-            raise ValueError(f'A teacher with prediction_type "{prediction_type}" is not known; known are {", ".join(KINDS)}.')
+            known = ", ".join(f'"{name}"' for name in KINDS)
+            raise ValueError(f'A teacher with prediction_type "{prediction_type}" is not known; known are {known}.')
         grid = time_grid(windows, steps)
         if isinstance(schedule, DiscreteVP):
             _refuse_repeated_indices(grid, len(schedule), windows)
         alpha, sigma = schedule.alpha_sigma(grid)
         if prediction_type == "epsilon" and bool((alpha[:-1] < MIN_ALPHA).any()):
             raise ValueError(
-                "An epsilon teacher cannot start a window where alpha is 0 (zero terminal SNR): its output says nothing about the "
-                "image there; use a v_prediction teacher, or the schedule without that rescaling."
+                "An epsilon teacher cannot start a window where alpha is 0 (zero terminal SNR): its output says "
+                "nothing about the image there; use a v_prediction teacher, or the schedule without that rescaling."
             )
         if prediction_type == "sample" and bool((sigma[:-1] <= 0).any()):
-            raise ValueError("A sample-prediction teacher cannot take a step from sigma = 0; end the windows there instead.")
+            raise ValueError("A sample-prediction teacher cannot step from sigma = 0; end the windows there instead.")
         state, output = ddim_coefficients(prediction_type, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
         times = schedule.timestep(grid)
         corrector = _heun(prediction_type, alpha, sigma, times) if method == "heun" else None
@@ -92,29 +94,31 @@ class WindowSolver:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> WindowSolver:
-        """Teacher "previous" of progressive reflow: a few-step student trained on `table`'s windows steps through `windows`.
+        """Teacher "previous" of progressive reflow: a student trained on `table`'s windows steps through `windows`.
 
-        Each step of the grid is an Euler step of the chord velocity that the student has in its own window at that time; a
-        grid point at a boundary is in the window that starts there. With one step a sub-window and straight sub-windows the
-        solve is exact (methods.md 1.1, the merge algebra). Device and dtype default to the table's.
+        Each step of the grid is an Euler step of the chord velocity that the student has in its own window at that
+        time; a grid point at a boundary is in the window that starts there. With one step a sub-window and straight
+        sub-windows the solve is exact, since the merged velocity is the mean of the two. Device and dtype default to
+        the table's.
 
-        Raises ValueError if a boundary of the student's windows falls between two grid points, since a step across it would
-        use the velocity of a window that has ended.
+        Raises ValueError if a boundary of the student's windows falls between two grid points, since a step across it
+        would use the velocity of a window that has ended.
         """
         grid = time_grid(windows, steps)
         known = table.windows.boundaries
         if windows.boundaries[0] > known[0] + 1e-4 or windows.boundaries[-1] < known[-1] - 1e-4:
             raise ValueError(
-                f"The windows run from {windows.boundaries[0]:g} to {windows.boundaries[-1]:g}, but the student was trained from "
-                f"{known[0]:g} to {known[-1]:g} only; solve inside the times that it knows."
+                f"The windows run from {windows.boundaries[0]:g} to {windows.boundaries[-1]:g}, but the student was "
+                f"trained from {known[0]:g} to {known[-1]:g} only; solve inside the times that it knows."
             )
         for k in range(len(windows)):
             for inner in known[1:-1]:
                 inside = windows.t_end[k] + 1e-4 < inner < windows.t_start[k] - 1e-4
                 if inside and float((grid[:, k] - inner).abs().min()) > 1e-4:
                     raise ValueError(
-                        f"{steps} solver steps in the window from {windows.t_start[k]:g} to {windows.t_end[k]:g} step across the "
-                        f"student's boundary at {inner:g}; use a multiple of the number of its windows that are merged."
+                        f"{steps} solver steps in the window from {windows.t_start[k]:g} to {windows.t_end[k]:g} step "
+                        f"across the student's boundary at {inner:g}; use a multiple of the number of its windows that "
+                        "are merged."
                     )
         exact = table.to("cpu", torch.float64)
         start, step = grid[:-1], grid[1:] - grid[:-1]
@@ -156,8 +160,9 @@ class WindowSolver:
         return self.steps * (1 if self._corrector is None else 2) * (1 if self.guidance_scale is None else 2)
 
     def steps_table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(state_coef, output_coef, timestep), each [S, K]: step i of window k is z' = state_coef z + output_coef output, with
-        the network called at z and `timestep` (fp32). For Heun this is the predictor, and `heun_table` holds the rest."""
+        """(state_coef, output_coef, timestep), each [S, K]: step i of window k is z' = state_coef z + output_coef
+        output, with the network called at z and `timestep` (fp32). For Heun this is the predictor, and `heun_table`
+        holds the rest."""
         return self._state, self._output, self._timestep
 
     def heun_table(self) -> _Corrector | None:
@@ -170,9 +175,9 @@ class WindowSolver:
     ) -> Tensor:
         """z at the windows' clean ends, [B, ...] in the solver's dtype, from z_start [B, ...] at their noisy ends.
 
-        window: [B] long, on the device. model(model_input, timestep) -> output is called with B rows, or with 2B rows [uncond;
-        cond] if there is a guidance scale; model_input is in input_dtype (None: the state's), timestep is fp32. Any
-        conditioning lives in the closure.
+        window: [B] long, on the device. model(model_input, timestep) -> output is called with B rows, or with 2B rows
+        [uncond; cond] if there is a guidance scale; model_input is in input_dtype (None: the state's), timestep is
+        fp32. Any conditioning lives in the closure.
         """
         rows = 1 if self.guidance_scale is None else 2
 
@@ -201,7 +206,7 @@ class WindowSolver:
 
 
 def time_grid(windows: Windows, steps: int) -> Tensor:
-    """Times [S+1, K] in fp64, t_start + (t_end - t_start) i/S: row 0 is every window's noisy end, row S its clean end."""
+    """Times [S+1, K] in fp64, t_start + (t_end - t_start) i/S: row 0 is every window's start, row S its end."""
     if steps < 1:
         raise ValueError(f"A window cannot be solved in {steps} steps; at least one is needed.")
     start = torch.tensor(windows.t_start, dtype=torch.float64)
@@ -215,8 +220,8 @@ def _refuse_repeated_indices(grid: Tensor, train_steps: int, windows: Windows) -
     if bool(repeated.any()):
         k = int(repeated.nonzero()[0])
         raise ValueError(
-            f"{steps} solver steps do not fit into the window from {windows.t_start[k]:g} to {windows.t_end[k]:g}: two of them fall "
-            f"on one of the schedule's {train_steps} indices; use fewer steps or a wider window."
+            f"{steps} solver steps do not fit into the window from {windows.t_start[k]:g} to {windows.t_end[k]:g}: two "
+            f"of them fall on one of the schedule's {train_steps} indices; use fewer steps or a wider window."
         )
 
 

@@ -1,7 +1,7 @@
 """Windows: the pieces of time inside which a student is straight.
 
-Time runs from t=1 (noise) to t=0 (data); window 0 is the noisiest and t_start > t_end in each. A boundary belongs to the
-window that starts there: windows are half-open, (t_end, t_start] (PeRFlow, arXiv 2405.07510, code; methods.md 2.1).
+Time runs from t=1 (noise) to t=0 (data); window 0 is the noisiest and t_start > t_end in each. A boundary belongs to
+the window that starts there: windows are half-open, (t_end, t_start] (PeRFlow, arXiv 2405.07510, code).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _inner_edges(boundaries: tuple[float, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Windows:
-    """K windows given by K+1 descending boundaries, for example (1, .75, .5, .25, 0). Raises ValueError for anything else."""
+    """K windows given by K+1 descending boundaries, as (1, .75, .5, .25, 0). Raises ValueError for anything else."""
 
     boundaries: tuple[float, ...]
 
@@ -33,7 +33,7 @@ class Windows:
         values = tuple(float(value) for value in self.boundaries)
         object.__setattr__(self, "boundaries", values)
         if len(values) < 2:
-            raise ValueError(f"Windows need at least two boundaries, from noise to data, but {list(values)} has {len(values)}.")
+            raise ValueError(f"Windows need at least two boundaries, from noise to data, not {list(values)}.")
         if not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in values):
             raise ValueError(f"Window boundaries {list(values)} must lie between 0 (data) and 1 (noise).")
         if any(left - right <= TOLERANCE for left, right in zip(values, values[1:])):
@@ -64,7 +64,7 @@ class Windows:
         return self.boundaries[1:]
 
     def merge(self, factor: int = 2) -> Windows:
-        """Each `factor` neighbours become one window: 2K -> K by default. Raises ValueError where they do not come out even."""
+        """Each `factor` neighbours become one window: 2K -> K by default. Raises ValueError if some are left over."""
         if factor < 1 or len(self) % factor:
             raise ValueError(f"{len(self)} windows cannot be merged by {factor}; the count must be a multiple of it.")
         return Windows(self.boundaries[::factor])
@@ -95,16 +95,18 @@ class Windows:
         return noisy if name == "noisy" else tuple(k for k in range(len(self)) if k not in noisy)
 
 
-def snap(t: Tensor, grid: int, t_start: Tensor | None = None) -> Tensor:
+def snap(t: Tensor, grid: int, t_start: Tensor | None = None, t_end: Tensor | None = None) -> Tensor:
     """The next time towards noise on {1/grid, 2/grid, ..., 1}: PeRFlow's t = 1 - floor(U grid)/grid with U = 1 - t.
 
-    t any shape, its dtype is kept. Snapping upwards stays inside the half-open window if the window's start is on the grid;
-    otherwise give that start (shape of t) as a ceiling. Take tau again from the snapped time, so that the chord point and
-    the network's time agree.
+    t any shape, its dtype is kept. Give the bounds of each time's window (shape of t) to stay in (t_end, t_start]
+    whatever the rounding and also where a boundary is off the grid. Take tau again from the snapped time, so that the
+    chord point and the network's time agree.
     """
     if grid < 1:
         raise ValueError(f"The time grid has {grid} points; it needs at least one, usually 1000 or 200.")
-    # as much slack as `lookup` has, so that a time and its snapped time are in one window
-    ticks = torch.ceil(t.double() * grid - min(TOLERANCE * grid, 0.1)).clamp(1, grid)
+    # a thousandth of a tick is the rounding of an fp32 time that is on the grid already
+    ticks = torch.ceil(t.double() * grid - 1e-3).clamp(1, grid)
+    if t_end is not None:
+        ticks = torch.maximum(ticks, torch.floor(t_end.double() * grid + 1e-3) + 1)
     snapped = (ticks / grid).to(t.dtype)
     return snapped if t_start is None else torch.minimum(snapped, t_start.to(t.dtype))

@@ -1,4 +1,5 @@
-"""The solve inside a window: stock DDIM, exact flows, index bookkeeping, guidance, the student as teacher (items 9, 11, 19)."""
+"""The solve inside a window: stock DDIM, exact flows, index bookkeeping, guidance, the student as teacher (oracles
+9, 11, 19)."""
 
 import pytest
 import torch
@@ -122,9 +123,11 @@ def test_every_reading_gives_one_trajectory(sd, kind, device):
             solver.solve(network(data, sd, k), z, window) for solver, k in zip(solvers, (kind, "epsilon"), strict=True)
         )
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
-    euler = WindowSolver(sd, Windows.uniform(4), 6, prediction_type=kind, method="euler", device=device, dtype=torch.float64)
-    ddim = WindowSolver(sd, Windows.uniform(4), 6, prediction_type=kind, device=device, dtype=torch.float64)
-    assert torch.equal(euler.solve(network(data, sd, kind), z, window), ddim.solve(network(data, sd, kind), z, window))
+    ends = []
+    for method in ("euler", "ddim"):
+        options = {"prediction_type": kind, "method": method, "device": device, "dtype": torch.float64}
+        ends.append(WindowSolver(sd, Windows.uniform(4), 6, **options).solve(network(data, sd, kind), z, window))
+    assert torch.equal(*ends)
 
 
 CONTINUOUS = {"vp": (ContinuousVP(), 0.05), "rectified": (Rectified(), 0.0), "ve": (VE(), 0.02)}
@@ -189,7 +192,8 @@ def test_heun_is_the_textbook_trapezoid_and_euler_where_sigma_is_zero(device):
         return torch.sin(z @ weight + timestep.double()[:, None] / 500)
 
     z = torch.randn(2, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(device)
-    solver = WindowSolver(schedule, windows, steps, prediction_type="velocity", method="heun", device=device, dtype=torch.float64)
+    options = {"prediction_type": "velocity", "method": "heun", "device": device, "dtype": torch.float64}
+    solver = WindowSolver(schedule, windows, steps, **options)
     got = solver.solve(flow, z, torch.tensor([0, 1], device=device))
     truth = z.clone()
     for row, start in enumerate((1.0, 0.5)):
@@ -215,7 +219,8 @@ def test_zero_terminal_snr_teachers(zero_snr, model, device):
     z = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(8)).to(device)
     window = torch.zeros(2, dtype=torch.long, device=device)
     for method in ("ddim", "heun"):
-        solver = WindowSolver(zero_snr, Windows.uniform(2), 4, prediction_type="v_prediction", method=method, device=device)
+        options = {"prediction_type": "v_prediction", "method": method, "device": device}
+        solver = WindowSolver(zero_snr, Windows.uniform(2), 4, **options)
         assert bool(torch.isfinite(solver.solve(model, z, window)).all())
         with pytest.raises(ValueError, match="zero terminal SNR.*v_prediction"):
             WindowSolver(zero_snr, Windows.uniform(2), 4, method=method)
@@ -390,7 +395,8 @@ def test_a_student_does_not_step_across_its_boundaries(sd):
 
 def test_solver_equals_ddim_steps_by_hand(zero_snr, model, device):
     z = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(16), dtype=torch.float64).to(device)
-    solver = WindowSolver(zero_snr, Windows.uniform(2), 3, prediction_type="v_prediction", device=device, dtype=torch.float64)
+    options = {"prediction_type": "v_prediction", "device": device, "dtype": torch.float64}
+    solver = WindowSolver(zero_snr, Windows.uniform(2), 3, **options)
     got = solver.solve(model, z, torch.tensor([0, 0], device=device))
     places = [index(1 - 0.5 * i / 3) for i in range(4)]
     alpha, sigma = zero_snr.at(torch.tensor(places, device=device))

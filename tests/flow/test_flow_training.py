@@ -77,7 +77,8 @@ class Affine(torch.nn.Module):
 def fit(student, table, z_start, z_end, window, **options):
     t = table.t_start[window]
     target = (z_end - z_start) / table.dt[window][:, None]
-    optimiser = torch.optim.LBFGS(student.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+    search = {"max_iter": 200, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9}
+    optimiser = torch.optim.LBFGS(student.parameters(), **search)
 
     def closure():
         optimiser.zero_grad()
@@ -118,7 +119,8 @@ def test_progressive_reflow_of_a_gaussian_reaches_the_exact_one_step_map(sd, kin
     got = few_steps(student, table, z)
     assert float((got - truth).square().mean().sqrt()) < 5e-3
     # what one DDIM step of the exact teacher gives is far from it
-    one = WindowSolver(sd, Windows.uniform(1), 1, device=device).solve(network(GAUSSIAN, sd), z, torch.zeros_like(z[:, 0]).long())
+    solver = WindowSolver(sd, Windows.uniform(1), 1, device=device)
+    one = solver.solve(network(GAUSSIAN, sd), z, torch.zeros(len(z), dtype=torch.long, device=device))
     assert float((one - truth).square().mean().sqrt()) > 0.2
 
 
@@ -129,7 +131,11 @@ class Corrected(torch.nn.Module):
         super().__init__()
         self.base = base
         self.body = torch.nn.Sequential(
-            torch.nn.Linear(4, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 2)
+            torch.nn.Linear(4, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, 2),
         )
         torch.nn.init.zeros_(self.body[-1].weight)
         torch.nn.init.zeros_(self.body[-1].bias)
