@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if os.environ.get("REFLOW_TEST_DEVICE", "cpu") == "cpu" else "cuda")
+if os.environ.get("REFLOW_TEST_DEVICE", "cpu") == "cpu":
+    # diffusers imports triton, and its CPU interpreter must be asked for before that; only tests/ops uses it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -1,15 +1,13 @@
 """Triton kernels of :func:`reflow_kernels.aligned_v_loss`: tiles of partial sums, one launch that finishes the scalars, one
 backward launch. v^ is built where it is used; neither v^ nor d = v^ - v is ever stored.
 
-1 - cosine without cancellation, in one pass. Where the norms are within a factor of two of each other it comes from the
-difference, |u|^2 = (|d|^2 - (P - V)(|v^|^2/P - |v|^2/V)) / (PV) with P - V from sum d (v^ + v); elsewhere from the plain
-sums, |u|^2 = |v^|^2/P^2 + |v|^2/V^2 - 2 v^.v/(PV), which cancel only where the result is small, and there u cannot be.
+1 - cosine is taken without cancellation from one read of the operands. A tile keeps its residual |v^ - k v|^2 at its own best k;
+residuals add up as sum_t (|v^ - k_t v|_t^2 + (k_t - k)^2 |v|_t^2), all terms positive, which is |v^|^2 sin^2 of the angle, and
+1 - cos = sin^2 / (1 + cos). With floored norms |v^/P - v/V|^2 = (|v^|/P - |v|/V)^2 + 2 |v^||v|/(PV) (1 - cos).
 Rows with huge elements are scaled by a power of two, each of v^ and v on its own, so that no square overflows.
 """
 
 from __future__ import annotations
-
-import math
 
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ from torch import Tensor
 from . import launch, layout, reference
 from .tiles import accumulator, divide, load, square_root, store
 
-SUMS = 7  # |v^|^2, |v|^2, v^.v, |d|^2, sum d (v^ + v), max |v^|, max |v|
+SUMS = 8  # |v^|^2, |v|^2, v^.v, |v^ - k v|^2, |d|^2, sum d (v^ + v), max |v^|, max |v|
 STATS = 6  # gradient coefficients of d, v^ and v, then the scales of d, v^ and v
 
 
@@ -29,6 +27,13 @@ def _shrink(peak, ACC: tl.constexpr):
         return tl.where(peak < 1099511627776.0, 1.0, 3.2311742677852644e-27)  # 2^40, 2^-88
     else:
         return tl.where(peak < 2.5822498780869086e120, 1.0, 1.436424174966147e-188).to(ACC)  # 2^400, 2^-624
+
+
+@triton.jit
+def _slope(pv, vv, ACC: tl.constexpr):
+    """k = v^.v / |v|^2, 0 where |v|^2 is too small to divide by."""
+    usable = vv > (1e-30 if ACC == tl.float32 else 1e-280)
+    return tl.where(usable, pv / tl.where(usable, vv, 1.0), 0.0)
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def _sums_kernel(
     sample,  # [B, N] or None, with its two coefficients
     output_coef,  # [B]
     sample_coef,  # [B]
-    sums,  # [7, B * TILES]
+    sums,  # [8, B * TILES]
     N,
     TILES,
     PROGRAMS,
@@ -84,19 +89,38 @@ def _sums_kernel(
     b_total = b_velocity * common + b_target * common
     b_velocity *= scale
     b_target *= target_scale
+    vv = tl.sum(b_target * b_target)
+    pv = tl.sum(b_velocity * b_target)
+    b_residual = b_velocity - _slope(pv, vv, ACC) * b_target
     column = program * 0 + PROGRAMS
     tl.store(sums + program, tl.sum(b_velocity * b_velocity))
-    tl.store(sums + column + program, tl.sum(b_target * b_target))
-    tl.store(sums + 2 * column + program, tl.sum(b_velocity * b_target))
-    tl.store(sums + 3 * column + program, tl.sum(b_difference * b_difference))
-    tl.store(sums + 4 * column + program, tl.sum(b_difference * b_total))
-    tl.store(sums + 5 * column + program, peak)
-    tl.store(sums + 6 * column + program, target_peak)
+    tl.store(sums + column + program, vv)
+    tl.store(sums + 2 * column + program, pv)
+    tl.store(sums + 3 * column + program, tl.sum(b_residual * b_residual))
+    tl.store(sums + 4 * column + program, tl.sum(b_difference * b_difference))
+    tl.store(sums + 5 * column + program, tl.sum(b_difference * b_total))
+    tl.store(sums + 6 * column + program, peak)
+    tl.store(sums + 7 * column + program, target_peak)
+
+
+@triton.jit
+def _places(o_b, m_b, TILES, i_c, CHUNK: tl.constexpr):
+    """Offsets and mask [SAMPLES, CHUNK] of the tiles' sums of some samples."""
+    o_t = i_c * CHUNK + tl.arange(0, CHUNK)
+    return o_b[:, None] * TILES + o_t[None, :], m_b[:, None] & (o_t < TILES)[None, :]
+
+
+@triton.jit
+def _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC: tl.constexpr):
+    """Powers of two, at most 1, from the scales that tiles were summed in to those of their samples."""
+    tile = _shrink(tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0), ACC)
+    target_tile = _shrink(tl.load(sums + 7 * programs + o_s, mask=m_s, other=0.0), ACC)
+    return scale[:, None] / tile, target_scale[:, None] / target_tile, common[:, None] / tl.minimum(tile, target_tile)
 
 
 @triton.jit
 def _finish_kernel(
-    sums,  # [7, B * TILES]
+    sums,  # [8, B * TILES]
     direction_weight,  # [B]
     weight,  # [B] or None
     loss,  # []
@@ -107,7 +131,7 @@ def _finish_kernel(
     BATCH,
     direction_weight_stride,
     weight_stride,
-    floor,
+    EPS: tl.constexpr,
     ACC: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -115,6 +139,7 @@ def _finish_kernel(
     CHUNKS: tl.constexpr,
 ):
     programs = (tl.program_id(0).to(tl.int64) + BATCH) * TILES
+    floor = EPS * square_root((programs * 0 + N).to(ACC), ACC)
     b_loss = tl.zeros([SAMPLES], ACC)
     for i_r in range(ROUNDS):
         o_b = i_r * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)  # [SAMPLES]
@@ -122,12 +147,10 @@ def _finish_kernel(
         peak = tl.zeros([SAMPLES], ACC)
         target_peak = tl.zeros([SAMPLES], ACC)
         for i_c in range(CHUNKS):
-            o_t = i_c * CHUNK + tl.arange(0, CHUNK)
-            o_s = o_b[:, None] * TILES + o_t[None, :]  # [SAMPLES, CHUNK]
-            m_s = m_b[:, None] & (o_t < TILES)[None, :]
-            peak = tl.maximum(peak, tl.max(tl.load(sums + 5 * programs + o_s, mask=m_s, other=0.0), axis=1))
+            o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
+            peak = tl.maximum(peak, tl.max(tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0), axis=1))
             target_peak = tl.maximum(
-                target_peak, tl.max(tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0), axis=1)
+                target_peak, tl.max(tl.load(sums + 7 * programs + o_s, mask=m_s, other=0.0), axis=1)
             )
         scale = _shrink(peak, ACC)
         target_scale = _shrink(target_peak, ACC)
@@ -139,22 +162,26 @@ def _finish_kernel(
         dd = tl.zeros([SAMPLES], ACC)
         ds = tl.zeros([SAMPLES], ACC)
         for i_c in range(CHUNKS):
-            o_t = i_c * CHUNK + tl.arange(0, CHUNK)
-            o_s = o_b[:, None] * TILES + o_t[None, :]
-            m_s = m_b[:, None] & (o_t < TILES)[None, :]
-            # A tile summed in its own scale; the sample's scale is the same or smaller by a power of two.
-            tile = _shrink(tl.load(sums + 5 * programs + o_s, mask=m_s, other=0.0), ACC)
-            target_tile = _shrink(tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0), ACC)
-            p = scale[:, None] / tile
-            v = target_scale[:, None] / target_tile
-            c = common[:, None] / tl.minimum(tile, target_tile)
+            o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
+            p, v, c = _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC)
             pp += tl.sum(tl.load(sums + o_s, mask=m_s, other=0.0) * p * p, axis=1)
             vv += tl.sum(tl.load(sums + programs + o_s, mask=m_s, other=0.0) * v * v, axis=1)
             pv += tl.sum(tl.load(sums + 2 * programs + o_s, mask=m_s, other=0.0) * p * v, axis=1)
-            dd += tl.sum(tl.load(sums + 3 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
-            ds += tl.sum(tl.load(sums + 4 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
+            dd += tl.sum(tl.load(sums + 4 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
+            ds += tl.sum(tl.load(sums + 5 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
+        k = _slope(pv, vv, ACC)
+        residual = tl.zeros([SAMPLES], ACC)
+        for i_c in range(CHUNKS):
+            o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
+            p, v, c = _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC)
+            b_pp = tl.load(sums + o_s, mask=m_s, other=0.0) * p * p
+            b_vv = tl.load(sums + programs + o_s, mask=m_s, other=0.0) * v * v
+            b_k = _slope(tl.load(sums + 2 * programs + o_s, mask=m_s, other=0.0) * p * v, b_vv, ACC)
+            b_residual = tl.load(sums + 3 * programs + o_s, mask=m_s, other=0.0) * p * p
+            shift = (b_k - k[:, None]) * tl.sqrt(b_vv)
+            residual += tl.sum(tl.where(b_k == 0.0, b_pp, b_residual) + shift * shift, axis=1)
 
-        # Norms in the units of `common`; the floored ones also in their own.
+        # Norms are those of the scaled rows; to_common brings them to the scale of d.
         to_common = common / scale
         target_to_common = common / target_scale
         p_norm = square_root(pp, ACC)
@@ -165,18 +192,15 @@ def _finish_kernel(
         V = tl.where(v_free, v_norm, floor * target_scale)
         total = p_norm * to_common + v_norm * target_to_common
         gap = divide(ds, tl.where(total > 0, total, 1.0), ACC)  # |v^| - |v|
-        both_free = p_free & v_free
-        floored_gap = tl.where(both_free, gap, P * to_common - V * target_to_common)  # P - V
-        p_unit = pp / P / P
-        v_unit = vv / V / V
-        inner_gap = tl.where(both_free, gap, p_unit * P * to_common - v_unit * V * target_to_common)
+        p_length = tl.where(p_free, 1.0, p_norm / P)
+        v_length = tl.where(v_free, 1.0, v_norm / V)
+        difference = tl.where(p_free | v_free, p_length - v_length, gap / (P * to_common))
 
-        ratio = (P * to_common) / (V * target_to_common)
-        near = (ratio > 0.5) & (ratio < 2.0)
-        close = (dd - floored_gap * inner_gap) / (P * to_common) / (V * target_to_common) * 0.5
-        close = tl.where(close < 0, 0.0, close)  # rounding alone; keeps a NaN
-        far = (p_unit + v_unit) * 0.5 - pv / P / V
-        one_minus_cosine = tl.where(near, close, far)
+        sin2 = tl.minimum(residual / tl.where(pp > 0, pp, 1.0), 1.0)
+        cos = pv / tl.where(pp > 0, p_norm, 1.0) / tl.where(vv > 0, v_norm, 1.0)
+        turn = sin2 / (1.0 + tl.abs(cos))
+        turn = tl.where(cos < 0, 2.0 - turn, turn)
+        one_minus_cosine = difference * difference * 0.5 + p_length * v_length * turn
 
         inverse = 1.0 / common
         mse = (dd / N) * inverse * inverse
@@ -193,9 +217,12 @@ def _finish_kernel(
         # Gradient to v^ = c_d d + c_p v^ + c_v v in scaled units. The cosine part is (u - (u . v^/P) v^/P) / P.
         b_weight = b_weight / BATCH
         cosine_weight = tl.where(target_peak > 0, b_weight * b_direction, 0.0) * scale / P
-        along = tl.where(p_free, one_minus_cosine + (1.0 - tl.where(v_free, 1.0, v_unit)) * 0.5, 0.0)
-        slope = -floored_gap / (V * target_to_common)  # (V - P) / V
-        c_d = b_weight * (2.0 / N) * inverse + tl.where(near, cosine_weight / (V * target_to_common), 0.0)
+        along = tl.where(p_free, one_minus_cosine + (1.0 - v_length * v_length) * 0.5, 0.0)
+        # Near in length, u = d / V + v^ (V - P) / (PV), which does not cancel; elsewhere v^/P - v/V does not.
+        ratio = (P * to_common) / (V * target_to_common)
+        near = (ratio > 0.5) & (ratio < 2.0)
+        slope = -tl.where(p_free & v_free, gap / (V * target_to_common), ratio - 1.0)
+        c_d = b_weight * 2.0 / N * inverse + tl.where(near, cosine_weight / (V * target_to_common), 0.0)
         c_p = cosine_weight * tl.where(near, slope - along, 1.0 - along) / P
         c_v = tl.where(near, 0.0, -cosine_weight / V)
         tl.store(stats + o_b, c_d, mask=m_b)
@@ -294,7 +321,7 @@ def forward(
         *(sums, direction_weight, weight, loss, parts, stats, size, blocks.tiles, batch),
         launch.stride(direction_weight),
         launch.stride(weight),
-        eps * math.sqrt(size),
+        EPS=eps,
         ACC=accumulator(dtype),
         SAMPLES=samples,
         ROUNDS=-(-batch // samples),

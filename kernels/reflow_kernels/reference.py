@@ -115,9 +115,13 @@ class _AlignedV:
 
         size = max(self.size, 1)
         common = torch.minimum(self.scale, target_scale)
-        gap = prediction_norm * (common / self.scale) - target_norm * (common / target_scale)
+        ratio, target_ratio = common / self.scale, common / target_scale
+        # |v^| - |v| from the difference of the vectors, which stays accurate where the two are close.
+        total = (prediction_norm * ratio + target_norm * target_ratio).squeeze(1)
+        gap = (self.error * common * (self.prediction * ratio + velocity * target_ratio)).sum(1)
+        gap = gap / torch.where(total > 0, total, 1.0)
         self.mse = self.error.square().sum(1) / size
-        self.magnitude = (gap / common).squeeze(1).square() / size
+        self.magnitude = (gap / common.squeeze(1)).square() / size
         self.one_minus_cosine = self.unit_difference.square().sum(1) / 2
 
 
@@ -186,7 +190,7 @@ def cfg_combine(model_output: Tensor, guidance_scale: PerSample, *, rescale: Per
     output = model_output.to(accumulate_dtype(model_output))
     guided = _guided(output, guidance_scale)
     if isinstance(rescale, Tensor) or rescale != 0:
-        conditional, spread = _deviation(output[guided.shape[0] :]), _deviation(guided)
+        conditional, spread = _spread(output[guided.shape[0] :]), _spread(guided)
         ratio = torch.where(spread > 0, conditional / torch.where(spread > 0, spread, 1.0), 1.0)
         guided = guided * (1 + _column(rescale, guided) * (ratio - 1))
     return guided.to(model_output.dtype)
@@ -203,10 +207,12 @@ def _guided(output: Tensor, scale: PerSample) -> Tensor:
     return torch.lerp(uncond, cond, _column(scale, uncond))  # exact at 0 and at 1
 
 
-def _deviation(rows: Tensor) -> Tensor:
-    """Standard deviation per sample, shaped to broadcast; the divisor cancels in a ratio, so the biased one."""
+def _spread(rows: Tensor) -> Tensor:
+    """sqrt(N) times the standard deviation of each sample, shaped to broadcast."""
+    if rows.dim() == 1:
+        return torch.zeros_like(rows)
     dims = tuple(range(1, rows.dim()))
-    return torch.var(rows, dim=dims, keepdim=True, correction=0).sqrt() if dims else torch.zeros_like(rows)
+    return torch.linalg.vector_norm(rows - rows.mean(dims, keepdim=True), dim=dims, keepdim=True)
 
 
 def _cast(value: PerSample, dtype: torch.dtype) -> PerSample:

@@ -22,10 +22,13 @@ def load(pointer, offsets, mask, ACC: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def store(pointer, offsets, values, mask, EVEN: tl.constexpr):
+    if pointer.dtype.element_ty == tl.bfloat16:
+        values = values.to(tl.float32)  # the interpreter has no cast from fp64 to bf16
+    values = values.to(pointer.dtype.element_ty)
     if EVEN:
-        tl.store(pointer + offsets, values.to(pointer.dtype.element_ty))
+        tl.store(pointer + offsets, values)
     else:
-        tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=mask)
+        tl.store(pointer + offsets, values, mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,24 @@
+"""The ops' tests run the kernels through Triton's interpreter on a CPU and natively on a GPU (REFLOW_TEST_DEVICE=cuda)."""
+
+import os
+import sys
+from pathlib import Path
+
+if os.environ.get("REFLOW_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; "auto" stays PyTorch on CPU tensors
+os.environ.pop("REFLOW_KERNELS_BACKEND", None)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """Uninitialised memory is NaN: an element that a kernel forgot to write fails the test that looks at it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
