@@ -7,5 +7,14 @@ from reflow.sampling.guidance import guidance_callback, guidance_scales
 from reflow.sampling.piecewise import PiecewiseFlowScheduler, StepsError
 from reflow.sampling.sampler import Samples, initial_noise, sample, sample_teacher
 
-__all__ = ["PiecewiseFlowScheduler", "Samples", "SchedulerMixin", "StepsError", "guidance_callback", "guidance_scales",
-           "initial_noise", "sample", "sample_teacher"]
+__all__ = [
+    "PiecewiseFlowScheduler",
+    "Samples",
+    "SchedulerMixin",
+    "StepsError",
+    "guidance_callback",
+    "guidance_scales",
+    "initial_noise",
+    "sample",
+    "sample_teacher",
+]

@@ -24,21 +24,23 @@ class StepsError(UserError, ValueError):
 
 
 class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
-    """Few-step sampling of a network trained on the chords of K time windows (PeRFlow, arXiv 2405.07510; ProReflow, 2503.04824).
+    """Few-step sampling of a network trained on the chords of K time windows (PeRFlow, arXiv 2405.07510; ProReflow,
+    2503.04824).
 
     Time runs from t=1 (noise) to t=0 (data). Inside a window alpha and sigma are linear in t, so one Euler step
     ``sample + v * dt`` follows the chord exactly; K steps on K windows of a ``ddim_*`` student are K-step DDIM.
 
     Config keys are those of published PeRFlow schedulers, plus:
 
-    * ``prediction_type``: ``ddim_eps``, ``ddim_v``, ``diff_eps`` or ``velocity``; ``epsilon`` and ``v_prediction`` of a
-      diffusers base are read as ``ddim_eps`` and ``ddim_v``. It must be the student's own, or images are mis-scaled.
-    * ``network_time``: the time value the network is given, ``"index"`` (max(round(1000 t) - 1, 0), as the base was trained) or
-      ``"perflow"`` (1000 t). A config whose class is PeRFlowScheduler loads as ``"perflow"``, and its early ``epsilon`` as ``diff_eps``.
+    * ``prediction_type``: ``ddim_eps``, ``ddim_v``, ``diff_eps`` or ``velocity``; ``epsilon`` and ``v_prediction`` of
+      a diffusers base are read as ``ddim_eps`` and ``ddim_v``. It must be the student's own, or images are mis-scaled.
+    * ``network_time``: the time value the network is given, ``"index"`` (max(round(1000 t) - 1, 0), as the base was
+      trained) or ``"perflow"`` (1000 t). A config whose class is PeRFlowScheduler loads as ``"perflow"``, and its
+      early ``epsilon`` as ``diff_eps``.
     * ``window_boundaries``: K+1 descending times, for windows that are not uniform; it decides ``num_time_windows``.
 
-    Arithmetic is fp32 (fp64 for fp64 samples) whatever the dtype of the network; the result has the dtype of ``sample``.
-    Raises :class:`StepsError`, a ``UserError`` and a ``ValueError``, for settings that cannot work.
+    Arithmetic is fp32 (fp64 for fp64 samples) whatever the dtype of the network; the result has the dtype of
+    ``sample``. Raises :class:`StepsError`, a ``UserError`` and a ``ValueError``, for settings that cannot work.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -62,11 +64,16 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         prediction_type = FROM_BASE.get(prediction_type, prediction_type)
         if prediction_type not in PREDICTION_TYPES:
-            raise StepsError(f"PiecewiseFlowScheduler: prediction_type is {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}, "
-                             "or epsilon or v_prediction for a student that kept its base's parameterisation.")
+            raise StepsError(
+                f"PiecewiseFlowScheduler: prediction_type is {prediction_type!r}; use one of "
+                f"{', '.join(PREDICTION_TYPES)}, or epsilon or v_prediction for a student that kept its base's "
+                "parameterisation."
+            )
         if network_time not in NETWORK_TIMES:
-            raise StepsError(f"PiecewiseFlowScheduler: network_time is {network_time!r}; use 'index' (as diffusers bases are trained) "
-                             "or 'perflow' (1000 t, as PeRFlow's published weights).")
+            raise StepsError(
+                f"PiecewiseFlowScheduler: network_time is {network_time!r}; use 'index' (as diffusers bases are "
+                "trained) or 'perflow' (1000 t, as PeRFlow's published weights)."
+            )
         try:
             if window_boundaries is not None:
                 self.windows = Windows(tuple(float(t) for t in window_boundaries))
@@ -78,7 +85,9 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             self._table = ChordTable(schedule, self.windows, prediction_type, device="cpu", dtype=torch.float64)
         except ValueError as error:
             raise StepsError(f"PiecewiseFlowScheduler: {error}") from error
-        self.register_to_config(prediction_type=prediction_type, num_time_windows=len(self.windows), t_noise=t_noise, t_clean=t_clean)
+        self.register_to_config(
+            prediction_type=prediction_type, num_time_windows=len(self.windows), t_noise=t_noise, t_clean=t_clean
+        )
         self.alphas_cumprod = schedule.alphas_cumprod.to(torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -92,7 +101,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; reads configs of PeRFlowScheduler and of any diffusers scheduler with a discrete VP schedule."""
+        """As in diffusers; reads configs of PeRFlowScheduler and of any diffusers scheduler with a discrete VP
+        schedule."""
         if isinstance(config, Mapping):
             config = dict(config)
             if config.get("_class_name") == "PeRFlowScheduler":
@@ -104,8 +114,14 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
-    def for_student(cls, scheduler_config: Mapping[str, Any], windows: int | Windows, *, prediction_type: str | None = None,
-                    network_time: str = "index") -> PiecewiseFlowScheduler:
+    def for_student(
+        cls,
+        scheduler_config: Mapping[str, Any],
+        windows: int | Windows,
+        *,
+        prediction_type: str | None = None,
+        network_time: str = "index",
+    ) -> PiecewiseFlowScheduler:
         """The scheduler of a student trained on ``windows`` of the base whose scheduler has this config.
 
         ``windows`` is their number, if uniform, or the windows themselves; prediction_type None means the base's own.
@@ -113,11 +129,19 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(windows, Windows):
             first, last = windows.boundaries[0], windows.boundaries[-1]
             uniform = windows == Windows.uniform(len(windows), first, last)
-            split = dict(num_time_windows=len(windows), t_noise=first, t_clean=last) if uniform else dict(window_boundaries=windows.boundaries)
+            split = (
+                dict(num_time_windows=len(windows), t_noise=first, t_clean=last)
+                if uniform
+                else dict(window_boundaries=windows.boundaries)
+            )
         else:
             split = dict(num_time_windows=windows)
-        return cls.from_config(scheduler_config, network_time=network_time, **split,
-                               **({} if prediction_type is None else {"prediction_type": prediction_type}))
+        return cls.from_config(
+            scheduler_config,
+            network_time=network_time,
+            **split,
+            **({} if prediction_type is None else {"prediction_type": prediction_type}),
+        )
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -140,8 +164,10 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _no_step_left(self) -> StepsError:
         steps = self.num_inference_steps or len(self.timesteps)
-        return StepsError(f"Image to image with num_inference_steps={steps} starts after the last step, so there is nothing to run: "
-                          f"strength * num_inference_steps is below 1. Use a strength of at least {1 / steps:.4g} or more steps.")
+        return StepsError(
+            f"Image to image with num_inference_steps={steps} starts after the last step, so there is nothing to run: "
+            f"strength * num_inference_steps is below 1. Use a strength of at least {1 / steps:.4g} or more steps."
+        )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Identity: the network sees the sample as it is."""
@@ -150,13 +176,16 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """N steps: N // K in every window, one more in each of the first N mod K (the noisiest).
 
-        ``timesteps[N]`` is int64 for network_time "index" and fp32 for "perflow"; every value is unique and names its window.
-        Raises StepsError if N is below the number of windows or too large for the training grid.
+        ``timesteps[N]`` is int64 for network_time "index" and fp32 for "perflow"; every value is unique and names its
+        window. Raises StepsError if N is below the number of windows or too large for the training grid.
         """
         count = len(self.windows)
         if num_inference_steps < count:
-            raise StepsError(f"num_inference_steps={num_inference_steps} is fewer than the {count} windows of this student, and every "
-                             f"window needs a step: use num_inference_steps={count} or more, or a student trained on fewer windows.")
+            raise StepsError(
+                f"num_inference_steps={num_inference_steps} is fewer than the {count} windows of this student, and "
+                f"every window needs a step: use num_inference_steps={count} or more, or a student trained on fewer "
+                "windows."
+            )
         times: list[float] = []
         window: list[int] = []
         for k, (start, end) in enumerate(zip(self.windows.t_start, self.windows.t_end)):
@@ -169,8 +198,10 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             values = values.round().long()
         self._positions = {value: i for i, value in enumerate(values.tolist())}
         if len(self._positions) < num_inference_steps:
-            raise StepsError(f"num_inference_steps={num_inference_steps} puts two steps on one of the {len(self)} training times; "
-                             f"use fewer steps (at most {len(self) // count} in a window).")
+            raise StepsError(
+                f"num_inference_steps={num_inference_steps} puts two steps on one of the {len(self)} training times; "
+                f"use fewer steps (at most {len(self) // count} in a window)."
+            )
         sample_coef, output_coef = self._table.velocity_coefficients(torch.tensor(window), t)
         dt = torch.tensor([*times[1:], self.windows.t_end[-1]], dtype=torch.float64) - t
         self._steps = list(zip((1 + dt * sample_coef).tolist(), (dt * output_coef).tolist()))
@@ -184,14 +215,19 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         """The number of the step that starts at this timestep, one of ``timesteps``."""
         if isinstance(timestep, torch.Tensor):
             if timestep.numel() != 1:
-                raise StepsError(f"step takes one timestep for the whole batch, not a tensor of shape {tuple(timestep.shape)}.")
-            # A pipeline passes elements of `timesteps` itself: their place in memory is their number, known without waiting for the device.
+                raise StepsError(
+                    f"step takes one timestep for the whole batch, not a tensor of shape {tuple(timestep.shape)}."
+                )
+            # A pipeline passes elements of `timesteps` itself: their place in memory is their number, known without
+            # waiting for the device.
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
                 return timestep.storage_offset()
             timestep = timestep.item()
         if timestep not in self._positions:
-            raise StepsError(f"timestep {timestep} is not one of this run's timesteps {list(self._positions)}; "
-                             "call set_timesteps first and pass its values.")
+            raise StepsError(
+                f"timestep {timestep} is not one of this run's timesteps {list(self._positions)}; call set_timesteps "
+                "first and pass its values."
+            )
         return self._positions[timestep]
 
     def step(
@@ -201,7 +237,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """One Euler step ``sample + v * dt`` from ``timestep`` to the next one; sample and model_output are [B,C,H,W] of any float dtype."""
+        """One Euler step ``sample + v * dt`` from ``timestep`` to the next one; sample and model_output are [B,C,H,W]
+        of any float dtype."""
         if self.num_inference_steps is None:
             raise StepsError("Call set_timesteps(num_inference_steps) before step.")
         index = self.index_for_timestep(timestep)
@@ -214,8 +251,9 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noise clean samples [B,C,H,W] to ``timesteps`` [B] or [1], with the chord's alpha and sigma inside a window.
 
-        A value of ``self.timesteps`` stands for that step's exact time; any other for t = (timestep + 1) / 1000 ("index") or
-        timestep / 1000 ("perflow"). Raises StepsError for no timestep at all: the sign of an img2img strength that leaves no step.
+        A value of ``self.timesteps`` stands for that step's exact time; any other for t = (timestep + 1) / 1000
+        ("index") or timestep / 1000 ("perflow"). Raises StepsError for no timestep at all: the sign of an img2img
+        strength that leaves no step.
         """
         timesteps = torch.as_tensor(timesteps).flatten().cpu()
         if timesteps.numel() == 0:

@@ -1,7 +1,7 @@
 """A plain sampling loop in latents, for validation and evaluation: no pipeline object, one noise per seed.
 
-Time runs from t=1 (noise) to t=0 (data). A sample depends on its own seed and prompt only: not on the batch it is drawn in
-(beyond rounding), nor on the device that makes the noise.
+Time runs from t=1 (noise) to t=0 (data). A sample depends on its own seed and prompt only: not on the batch it is
+drawn in (beyond rounding), nor on the device that makes the noise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from reflow.sampling.piecewise import PiecewiseFlowScheduler
 
 @dataclass(frozen=True)
 class Samples:
-    """latents [B,C,h,w] fp32, scaled as the UNet sees them; images [B,c,H,W] fp32 in [-1,1], None if not decoded; evaluations:
-    UNet rows spent on each sample. Tensors lie on the network's device."""
+    """latents [B,C,h,w] fp32, scaled as the UNet sees them; images [B,c,H,W] fp32 in [-1,1], None if not decoded;
+    evaluations: UNet rows spent on each sample. Tensors lie on the network's device."""
 
     latents: torch.Tensor
     images: torch.Tensor | None
@@ -31,7 +31,8 @@ class Samples:
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise [B, *shape] fp32 on the CPU; row i comes from a CPU generator of its own, seeded with seeds[i]."""
+    """Standard normal noise [B, *shape] fp32 on the CPU; row i comes from a CPU generator of its own, seeded with
+    seeds[i]."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
@@ -59,15 +60,18 @@ def sample(
 ) -> Samples:
     """Draw len(seeds) samples from a few-step student.
 
-    Give ``windows`` (their number or the windows; prediction_type None is the base's own) or a ready ``scheduler``. guidance_scale is a
-    number or one for each step, as in :func:`guidance_scales`; steps at 1 or below do not compute the unconditional half. ``prompts``
-    may be a ready Conditioning with one row a seed; ``null`` (one row) then replaces the base's null prompt. ``noise`` [B,C,h,w]
-    replaces the seeds' own. Raises UserError for fewer steps than windows and for prompts and seeds that differ in number.
+    Give ``windows`` (their number or the windows; prediction_type None is the base's own) or a ready ``scheduler``.
+    guidance_scale is a number or one for each step, as in :func:`guidance_scales`; steps at 1 or below do not compute
+    the unconditional half. ``prompts`` may be a ready Conditioning with one row a seed; ``null`` (one row) then
+    replaces the base's null prompt. ``noise`` [B,C,h,w] replaces the seeds' own. Raises UserError for fewer steps than
+    windows and for prompts and seeds that differ in number.
     """
     if (windows is None) == (scheduler is None):
         raise ValueError("sample needs either windows or a scheduler, not both")
     if scheduler is None:
-        scheduler = PiecewiseFlowScheduler.for_student(base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time)
+        scheduler = PiecewiseFlowScheduler.for_student(
+            base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time
+        )
     scales = guidance_scales(guidance_scale, steps)
     parameter = next(unet.parameters())
     scheduler.set_timesteps(steps, device=parameter.device)
@@ -84,8 +88,20 @@ def sample(
         return z
 
     guided = any(scale > 1 for scale in scales)
-    return _collect(base, unet, prompts, seeds, solve, guided, sum(2 if scale > 1 else 1 for scale in scales),
-                    null, noise, resolution, batch_size, decode)
+    return _collect(
+        base,
+        unet,
+        prompts,
+        seeds,
+        solve,
+        guided=guided,
+        evaluations=sum(2 if scale > 1 else 1 for scale in scales),
+        null=null,
+        noise=noise,
+        resolution=resolution,
+        batch_size=batch_size,
+        decode=decode,
+    )
 
 
 def sample_teacher(
@@ -105,23 +121,46 @@ def sample_teacher(
 ) -> Samples:
     """Draw samples from the pre-trained base itself: ``steps`` steps of the solver ("ddim" or "heun") over one window.
 
-    The solver goes from index to index, also where ``steps`` does not divide 1000 (stock DDIM floors 1000/32). Other arguments are those of
-    :func:`sample`; guidance is one number. Raises UserError for steps that do not fit the schedule.
+    The solver goes from index to index, also where ``steps`` does not divide 1000 (stock DDIM floors 1000/32). Other
+    arguments are those of :func:`sample`; guidance is one number. Raises UserError for steps that do not fit the
+    schedule.
     """
     parameter = next(unet.parameters())
     guided = guidance_scale > 1
     try:
-        solver = WindowSolver(DiscreteVP.from_config(base.scheduler_config), Windows.uniform(1), steps, prediction_type=base.prediction_type,
-                              method=method, guidance_scale=guidance_scale if guided else None, device=parameter.device)
+        solver = WindowSolver(
+            DiscreteVP.from_config(base.scheduler_config),
+            Windows.uniform(1),
+            steps,
+            prediction_type=base.prediction_type,
+            method=method,
+            guidance_scale=guidance_scale if guided else None,
+            device=parameter.device,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
     def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
         rows = null.cat(prompt) if null is not None else prompt
         window = torch.zeros(len(z), dtype=torch.long, device=z.device)
-        return solver.solve(lambda x, timestep: denoise(unet, x, timestep, rows), z, window, input_dtype=parameter.dtype)
+        return solver.solve(
+            lambda x, timestep: denoise(unet, x, timestep, rows), z, window, input_dtype=parameter.dtype
+        )
 
-    return _collect(base, unet, prompts, seeds, solve, guided, solver.evaluations, null, noise, resolution, batch_size, decode)
+    return _collect(
+        base,
+        unet,
+        prompts,
+        seeds,
+        solve,
+        guided=guided,
+        evaluations=solver.evaluations,
+        null=null,
+        noise=noise,
+        resolution=resolution,
+        batch_size=batch_size,
+        decode=decode,
+    )
 
 
 @torch.no_grad()
@@ -131,6 +170,7 @@ def _collect(
     prompts: Sequence[str] | Conditioning,
     seeds: Sequence[int],
     solve: Solve,
+    *,
     guided: bool,
     evaluations: int,
     null: Conditioning | None,
@@ -153,8 +193,14 @@ def _collect(
     size = batch_size or len(seeds)
     for first in range(0, len(seeds), size):
         rows = slice(first, first + size)
-        z = (initial_noise(seeds[rows], base.latent_shape(resolution)) if noise is None else noise[rows]).to(parameter.device, torch.float32)
-        prompt = prompts.select(rows) if isinstance(prompts, Conditioning) else _encode(base, list(prompts[rows]), resolution)
+        z = (initial_noise(seeds[rows], base.latent_shape(resolution)) if noise is None else noise[rows]).to(
+            parameter.device, torch.float32
+        )
+        prompt = (
+            prompts.select(rows)
+            if isinstance(prompts, Conditioning)
+            else _encode(base, list(prompts[rows]), resolution)
+        )
         z = solve(z, prompt.to(**place), null.expand(len(z)) if guided else None)
         latents.append(z)
         if decode:
@@ -167,4 +213,6 @@ def _encode(base: Base, prompts: list[str], resolution: int | None) -> Condition
     different = list(dict.fromkeys(prompts))
     encoded = base.encode_prompts(different, resolution)
     number = {prompt: i for i, prompt in enumerate(different)}
-    return encoded.select(torch.tensor([number[prompt] for prompt in prompts], device=encoded.encoder_hidden_states.device))
+    return encoded.select(
+        torch.tensor([number[prompt] for prompt in prompts], device=encoded.encoder_hidden_states.device)
+    )

@@ -48,7 +48,9 @@ def perflow_eps_rollout(abar, windows, kind, times, outputs, z):
     for i, (now, output) in enumerate(zip(times, outputs)):
         following = times[i + 1] if i + 1 < len(times) else 0
         t = now / 1000
-        t_s, t_e = next((1 - k / windows, 1 - (k + 1) / windows) for k in range(windows) if 1 - (k + 1) / windows < t - 1e-4)
+        t_s, t_e = next(
+            (1 - k / windows, 1 - (k + 1) / windows) for k in range(windows) if 1 - (k + 1) / windows < t - 1e-4
+        )
         a_s, a_e = abar[max(round(1000 * t_s) - 1, 0)].item(), abar[max(round(1000 * t_e) - 1, 0)].item()
         lam = math.sqrt(a_e / a_s)
         if kind == "ddim_eps":
@@ -66,10 +68,15 @@ def perflow_eps_rollout(abar, windows, kind, times, outputs, z):
 @pytest.mark.parametrize("steps", [4, 5, 6, 8])
 def test_equals_the_published_perflow_scheduler(kind, steps):
     scheduler = PiecewiseFlowScheduler.from_config(
-        {"_class_name": "PeRFlowScheduler", "prediction_type": kind, "num_time_windows": 4, **tiny_pipelines.BETAS})
+        {"_class_name": "PeRFlowScheduler", "prediction_type": kind, "num_time_windows": 4, **tiny_pipelines.BETAS}
+    )
     scheduler.set_timesteps(steps)
-    grid = {4: [1000, 750, 500, 250], 5: [1000, 875, 750, 500, 250], 6: [1000, 875, 750, 625, 500, 250],
-            8: [1000, 875, 750, 625, 500, 375, 250, 125]}[steps]
+    grid = {
+        4: [1000, 750, 500, 250],
+        5: [1000, 875, 750, 500, 250],
+        6: [1000, 875, 750, 625, 500, 250],
+        8: [1000, 875, 750, 625, 500, 375, 250, 125],
+    }[steps]
     assert scheduler.timesteps.tolist() == grid
     g = torch.Generator().manual_seed(0)
     z = torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64)
@@ -90,28 +97,39 @@ def test_a_constant_velocity_is_followed_exactly(steps):
 
 @pytest.mark.parametrize("kind", ["ddim_eps", "ddim_v", "diff_eps"])
 def test_more_steps_in_a_straight_window_change_nothing(kind):
-    """A network that predicts the window's end consistently along the chord gives the same end for any number of steps."""
+    """A network that predicts the window's end consistently along the chord gives the same end for any number of
+    steps."""
     results = []
     for steps in (2, 6, 11):
         scheduler = PiecewiseFlowScheduler(prediction_type=kind, num_time_windows=2)
         scheduler.set_timesteps(steps)
         g = torch.Generator().manual_seed(0)
-        x0, noise = torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64), torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64)
+        x0, noise = (
+            torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64),
+            torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64),
+        )
         state = scheduler.add_noise(x0, noise, scheduler.timesteps[:1])
         for i, timestep in enumerate(scheduler.timesteps):
-            torch.testing.assert_close(state, scheduler.add_noise(x0, noise, scheduler.timesteps[i : i + 1]), rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                state, scheduler.add_noise(x0, noise, scheduler.timesteps[i : i + 1]), rtol=0, atol=1e-10
+            )
             t, window = scheduler._times[i], scheduler._windows_of_steps[i : i + 1]
             alpha, sigma = scheduler._table.alpha_sigma(window, torch.tensor([t], dtype=torch.float64))
             r = torch.sqrt(alpha**2 + sigma**2)
             scale = scheduler._table._eps_rate / (scheduler._table._cross_rate)
-            output = {"ddim_eps": noise, "diff_eps": noise / scale[window], "ddim_v": (alpha * noise - sigma * x0) / r}[kind]
+            output = {"ddim_eps": noise, "diff_eps": noise / scale[window], "ddim_v": (alpha * noise - sigma * x0) / r}[
+                kind
+            ]
             state = scheduler.step(output, timestep, state).prev_sample
         results.append(state)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("windows,steps,counts", [(4, 4, [1, 1, 1, 1]), (4, 6, [2, 2, 1, 1]), (4, 5, [2, 1, 1, 1]), (3, 8, [3, 3, 2]), (1, 3, [3])])
+@pytest.mark.parametrize(
+    "windows,steps,counts",
+    [(4, 4, [1, 1, 1, 1]), (4, 6, [2, 2, 1, 1]), (4, 5, [2, 1, 1, 1]), (3, 8, [3, 3, 2]), (1, 3, [3])],
+)
 def test_spare_steps_go_to_the_noisiest_windows(windows, steps, counts):
     scheduler = PiecewiseFlowScheduler(num_time_windows=windows)
     scheduler.set_timesteps(steps)
@@ -139,7 +157,11 @@ def test_windows_that_are_not_uniform(tmp_path):
     again = PiecewiseFlowScheduler.from_pretrained(tmp_path)
     again.set_timesteps(4)
     assert again.timesteps.tolist() == [999, 874, 749, 499] and again.windows == scheduler.windows
-    assert PiecewiseFlowScheduler.from_config(scheduler.config, num_time_windows=2).windows.boundaries == (1.0, 0.5, 0.0)
+    assert PiecewiseFlowScheduler.from_config(scheduler.config, num_time_windows=2).windows.boundaries == (
+        1.0,
+        0.5,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -169,7 +191,9 @@ def test_add_noise_follows_the_chord_inside_a_window():
     # methods 2.6: at t = .125 the chord has (.911, .299), the schedule (.929, .370).
     assert abs(noisy[1, 0, 0, 0].item() - 0.299) < 1e-3
     assert abs(scheduler.add_noise(noise, x0, timesteps)[1, 0, 0, 0].item() - 0.911) < 1e-3
-    one = scheduler.add_noise(x0.half(), noise.half(), torch.tensor([124]))  # one value for the batch, as inpainting passes it
+    one = scheduler.add_noise(
+        x0.half(), noise.half(), torch.tensor([124])
+    )  # one value for the batch, as inpainting passes it
     assert one.dtype == torch.float16 and one.shape == x0.shape
 
 
@@ -188,20 +212,26 @@ def test_a_step_is_found_by_its_timestep_however_it_is_passed():
     assert scheduler.step_index == 7
 
 
-@pytest.mark.parametrize("call,words", [
-    (lambda s: s.set_timesteps(3), ["num_inference_steps=3", "4 windows", "num_inference_steps=4 or more"]),
-    (lambda s: s.set_timesteps(3000), ["fewer steps"]),
-    (lambda s: s.step(torch.zeros(1), 999, torch.zeros(1)), ["set_timesteps"]),
-    (lambda s: (s.set_timesteps(4), s.step(torch.zeros(1), 998, torch.zeros(1))), ["998", "[999, 749, 499, 249]"]),
-    (lambda s: (s.set_timesteps(4), s.step(torch.zeros(1), s.timesteps, torch.zeros(1))), ["one timestep"]),
-    (lambda s: (s.set_timesteps(4), s.set_begin_index(4)), ["strength of at least 0.25"]),
-    (lambda s: (s.set_timesteps(4), s.add_noise(torch.zeros(1), torch.zeros(1), s.timesteps[4:])), ["strength of at least 0.25"]),
-    (lambda s: PiecewiseFlowScheduler(prediction_type="sample"), ["sample", "ddim_eps"]),
-    (lambda s: PiecewiseFlowScheduler(network_time="seconds"), ["seconds", "perflow"]),
-    (lambda s: PiecewiseFlowScheduler(num_time_windows=0), ["0 windows"]),
-    (lambda s: PiecewiseFlowScheduler(window_boundaries=[0.0, 1.0]), ["descend"]),
-    (lambda s: PiecewiseFlowScheduler(rescale_betas_zero_snr=True), ["ddim_v", "zero terminal SNR"]),
-])
+@pytest.mark.parametrize(
+    "call,words",
+    [
+        (lambda s: s.set_timesteps(3), ["num_inference_steps=3", "4 windows", "num_inference_steps=4 or more"]),
+        (lambda s: s.set_timesteps(3000), ["fewer steps"]),
+        (lambda s: s.step(torch.zeros(1), 999, torch.zeros(1)), ["set_timesteps"]),
+        (lambda s: (s.set_timesteps(4), s.step(torch.zeros(1), 998, torch.zeros(1))), ["998", "[999, 749, 499, 249]"]),
+        (lambda s: (s.set_timesteps(4), s.step(torch.zeros(1), s.timesteps, torch.zeros(1))), ["one timestep"]),
+        (lambda s: (s.set_timesteps(4), s.set_begin_index(4)), ["strength of at least 0.25"]),
+        (
+            lambda s: (s.set_timesteps(4), s.add_noise(torch.zeros(1), torch.zeros(1), s.timesteps[4:])),
+            ["strength of at least 0.25"],
+        ),
+        (lambda s: PiecewiseFlowScheduler(prediction_type="sample"), ["sample", "ddim_eps"]),
+        (lambda s: PiecewiseFlowScheduler(network_time="seconds"), ["seconds", "perflow"]),
+        (lambda s: PiecewiseFlowScheduler(num_time_windows=0), ["0 windows"]),
+        (lambda s: PiecewiseFlowScheduler(window_boundaries=[0.0, 1.0]), ["descend"]),
+        (lambda s: PiecewiseFlowScheduler(rescale_betas_zero_snr=True), ["ddim_v", "zero terminal SNR"]),
+    ],
+)
 def test_mistakes_are_sentences(call, words):
     with pytest.raises(UserError) as error:
         call(PiecewiseFlowScheduler())

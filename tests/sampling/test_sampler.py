@@ -44,8 +44,15 @@ def test_teacher_equals_stock_ddim_where_steps_divide_1000(both, guidance):
     pipe, base = both
     pipe.scheduler = tiny_pipelines.ddim(timestep_spacing="trailing")
     got = sample_teacher(base, base.unet, PROMPTS, 10, SEEDS, guidance_scale=guidance, decode=False)
-    want = pipe(PROMPTS, num_inference_steps=10, guidance_scale=guidance, latents=initial_noise(SEEDS, base.latent_shape()),
-                height=64, width=64, output_type="latent").images
+    want = pipe(
+        PROMPTS,
+        num_inference_steps=10,
+        guidance_scale=guidance,
+        latents=initial_noise(SEEDS, base.latent_shape()),
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
     close(got.latents, want)
     assert got.images is None and got.evaluations == (10 if guidance == 1 else 20)
 
@@ -93,9 +100,21 @@ def test_guidance_schedule_and_rows(both):
 def test_ready_conditioning_noise_and_scheduler(both):
     _, base = both
     noise = initial_noise(SEEDS, base.latent_shape())
-    text = sample(base, base.unet, PROMPTS, 4, SEEDS, windows=Windows((1.0, 0.5, 0.25, 0.0)), guidance_scale=2.0, decode=False)
-    ready = sample(base, base.unet, base.encode_prompts(PROMPTS), 4, [0, 0, 0], noise=noise, null=base.null_conditioning(1), guidance_scale=2.0,
-                   scheduler=PiecewiseFlowScheduler.for_student(base.scheduler_config, Windows((1.0, 0.5, 0.25, 0.0))), decode=False)
+    text = sample(
+        base, base.unet, PROMPTS, 4, SEEDS, windows=Windows((1.0, 0.5, 0.25, 0.0)), guidance_scale=2.0, decode=False
+    )
+    ready = sample(
+        base,
+        base.unet,
+        base.encode_prompts(PROMPTS),
+        4,
+        [0, 0, 0],
+        noise=noise,
+        null=base.null_conditioning(1),
+        guidance_scale=2.0,
+        scheduler=PiecewiseFlowScheduler.for_student(base.scheduler_config, Windows((1.0, 0.5, 0.25, 0.0))),
+        decode=False,
+    )
     close(ready.latents, text.latents)
 
 
@@ -108,7 +127,9 @@ def test_prediction_type_and_network_time_reach_the_network(both):
     finally:
         handle.remove()
     assert seen == [[1000.0], [500.0]]
-    b = sample(base, base.unet, ["abc"], 2, [0], windows=2, network_time="perflow", prediction_type="velocity", decode=False)
+    b = sample(
+        base, base.unet, ["abc"], 2, [0], windows=2, network_time="perflow", prediction_type="velocity", decode=False
+    )
     z = initial_noise([0], base.latent_shape())
     with torch.no_grad():
         for t in (1000.0, 500.0):
@@ -126,13 +147,16 @@ def test_half_precision_network_keeps_an_fp32_state(both, tmp_path):
     close(got.latents, sample(base, base.unet, PROMPTS, 4, SEEDS, windows=4, decode=False).latents, 0.1)
 
 
-@pytest.mark.parametrize("call,word", [
-    (dict(steps=1, windows=2), "fewer than the 2 windows"),
-    (dict(steps=2, windows=2, seeds=[1]), "3 prompts and 1 seeds"),
-    (dict(steps=2, windows=2, seeds=[], prompts=[]), "Nothing to sample"),
-    (dict(steps=2, windows=2, guidance_scale="7,7,7"), "3 values for 2 steps"),
-    (dict(steps=2, windows=2, resolution=60), "multiple of"),
-])
+@pytest.mark.parametrize(
+    "call,word",
+    [
+        (dict(steps=1, windows=2), "fewer than the 2 windows"),
+        (dict(steps=2, windows=2, seeds=[1]), "3 prompts and 1 seeds"),
+        (dict(steps=2, windows=2, seeds=[], prompts=[]), "Nothing to sample"),
+        (dict(steps=2, windows=2, guidance_scale="7,7,7"), "3 values for 2 steps"),
+        (dict(steps=2, windows=2, resolution=60), "multiple of"),
+    ],
+)
 def test_mistakes(both, call, word):
     _, base = both
     arguments = {"prompts": PROMPTS, "seeds": SEEDS, **call}

@@ -1,0 +1,148 @@
+"""Delta weights: what few-step training changed, as one file that can be added to any model of the same architecture.
+
+dW = W_student - W_base per tensor; merged W = W_custom + scale * dW (PeRFlow, arXiv 2405.07510, "plug-and-play"; the
+same expression as InstaFlow's). Sums are taken in fp32 and cast once, at the end.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflow.errors import UserError
+from reflow.flow import Windows
+from reflow.states import State, read_metadata, read_state, write_state
+
+
+@dataclass
+class MergeReport:
+    """What a merge did, by key name."""
+
+    matched: list[str] = field(default_factory=list)  # delta added
+    mismatched: list[str] = field(default_factory=list)  # shapes differ, custom weight kept, allowed by name
+    skipped: list[str] = field(default_factory=list)  # in one of the two only, allowed by name
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.matched)} tensors merged, {len(self.mismatched)} of another shape kept, {len(self.skipped)} "
+            "in one model only."
+        ]
+        lines += [f"  other shape: {key}" for key in self.mismatched] + [f"  one only: {key}" for key in self.skipped]
+        return "\n".join(lines)
+
+
+def _examples(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def make_delta(base: str | Path | State, student: str | Path | State) -> dict[str, torch.Tensor]:
+    """student - base per tensor, in fp32. Raises UserError unless both have the same keys and shapes."""
+    base_state, student_state = read_state(base), read_state(student)
+    odd = sorted(base_state.keys() ^ student_state.keys())
+    odd += [key for key in base_state if key in student_state and base_state[key].shape != student_state[key].shape]
+    if odd:
+        raise UserError(
+            f"The base and the student are not the same architecture: {_examples(odd)} differ in name or shape. Give "
+            "the base that this student was trained from."
+        )
+    return {
+        key: student_state[key].float() - base_state[key].float()
+        for key in base_state
+        if base_state[key].is_floating_point()
+    }
+
+
+def write_delta(
+    base: str | Path | State,
+    student: str | Path | State,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: str | torch.dtype = "fp32",
+) -> Path:
+    """Write student - base as .safetensors, with the metadata of :func:`student_metadata`."""
+    return write_state(make_delta(base, student), path, dtype=dtype, metadata=metadata)
+
+
+def student_metadata(
+    windows: Windows, prediction_type: str, network_time: str = "index", **more: Any
+) -> dict[str, str]:
+    """Text metadata that says how a student's weights are to be sampled; ``more`` (base, recipe, steps, ...) is stored
+    as text."""
+    settings = {
+        "windows": json.dumps(list(windows.boundaries)),
+        "prediction_type": prediction_type,
+        "network_time": network_time,
+    }
+    return settings | {key: str(value) for key, value in more.items()}
+
+
+def student_settings(path: str | Path) -> dict[str, Any]:
+    """windows, prediction_type and network_time stored in a .safetensors file, as keyword arguments of export_folder.
+
+    {} for files that do not say, as PeRFlow's published deltas: those were trained on 4 uniform windows with
+    network_time "perflow".
+    """
+    metadata = read_metadata(path)
+    if "windows" not in metadata:
+        return {}
+    return {
+        "windows": Windows(tuple(json.loads(metadata["windows"]))),
+        "prediction_type": metadata["prediction_type"],
+        "network_time": metadata["network_time"],
+    }
+
+
+def merge(
+    custom: str | Path | State, delta: str | Path | State, scale: float = 1.0, *, allow: Sequence[str] = ()
+) -> tuple[dict[str, torch.Tensor], MergeReport]:
+    """W_custom + scale * dW per tensor, in fp32, each result in the dtype of the custom weight.
+
+    Keys are diffusers UNet names, as in published delta_weights.safetensors. A key that is in one of the two only, or
+    whose shape differs, raises UserError unless a pattern of ``allow`` names it ("conv_in.*" for an inpainting UNet);
+    the custom weight is then kept as it is and reported.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"The merge scale is {scale}; it must be a finite number, 1 for the whole delta.")
+    custom_state, delta_state = read_state(custom), read_state(delta)
+    report = MergeReport()
+    for key in sorted(custom_state.keys() | delta_state.keys()):
+        if key not in custom_state:
+            report.skipped.append(key)
+        elif key not in delta_state:
+            if custom_state[key].is_floating_point():
+                report.skipped.append(key)
+        elif custom_state[key].shape != delta_state[key].shape:
+            report.mismatched.append(key)
+        elif custom_state[key].is_floating_point():
+            report.matched.append(key)
+    unused = [
+        pattern
+        for pattern in allow
+        if not any(fnmatch.fnmatchcase(key, pattern) for key in report.mismatched + report.skipped)
+    ]
+    if unused:
+        raise UserError(f"allow names {_examples(unused)}, but no key that differs has that name; leave it out.")
+    refused = [
+        key
+        for key in report.mismatched + report.skipped
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in allow)
+    ]
+    if refused:
+        raise UserError(
+            f"{len(refused)} of {len(custom_state)} weights do not fit the delta in name or shape: "
+            f"{_examples(refused)}. Merge into a model of the delta's architecture, or allow these names to be left "
+            "as they are."
+        )
+    merged = dict(custom_state)
+    for key in report.matched:
+        weight = custom_state[key]
+        merged[key] = (weight.float() + scale * delta_state[key].to(weight.device).float()).to(weight.dtype)
+    return merged, report

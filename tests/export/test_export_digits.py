@@ -1,0 +1,48 @@
+"""Exporting a student of the committed digits model, and its delta."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from reflow.delta import merge, student_metadata, student_settings, write_delta
+from reflow.errors import UserError
+from reflow.export import export_folder, export_single_file
+from reflow.flow import Windows
+from reflow.models import family
+from reflow.models.digits import BUILTIN
+from reflow.sampling import initial_noise, sample
+from reflow.states import read_state
+
+
+@pytest.fixture(scope="module")
+def student():
+    state = {key: tensor.float() for key, tensor in read_state(BUILTIN).items()}
+    g = torch.Generator().manual_seed(0)
+    return {key: tensor + 1e-3 * torch.randn(tensor.shape, generator=g) for key, tensor in state.items()}
+
+
+def test_the_exported_folder_is_a_base_again(student, tmp_path):
+    export = export_folder(BUILTIN, student, tmp_path / "out", windows=4, dtype="fp32", card={"data": "1,797 scans"})
+    assert export.stock
+    base = family("digits").load(tmp_path / "out")
+    assert all(torch.equal(tensor, student[key]) for key, tensor in base.unet.state_dict().items())
+    ours = sample(base, base.unet, ["a seven"] * 3, 4, [0, 1, 2], windows=4)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    noise = initial_noise([0, 1, 2], base.latent_shape())
+    stock = pipe(["a seven"] * 3, num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt").images
+    assert (ours.images / 2 + 0.5 - stock).abs().max() <= 2e-3
+
+
+def test_the_delta_rebuilds_the_student_and_says_how_to_export_it(student, tmp_path):
+    metadata = student_metadata(Windows.uniform(2), "ddim_eps")
+    path = write_delta(BUILTIN, student, tmp_path / "delta.safetensors", metadata=metadata)
+    merged, report = merge(BUILTIN, path)
+    # The committed base is fp16, and merged weights keep its dtype.
+    assert all(torch.equal(merged[key], student[key].half()) for key in student) and len(report.matched) == len(student)
+    assert export_folder(BUILTIN, merged, tmp_path / "out", **student_settings(path)).stock
+
+
+def test_digits_have_no_single_file(student, tmp_path):
+    with pytest.raises(UserError, match="two text encoders of one width"):
+        export_single_file(BUILTIN, student, tmp_path / "digits.safetensors")
