@@ -53,3 +53,20 @@ def random(dtype, device):
         return noise.float().to(device=device, dtype=dtype)
 
     return draw
+
+
+def toy(weight):
+    """A smooth network of bounded output that looks at every element and at the time."""
+
+    def call(z, t):
+        mixed = (z.flatten(1).double() @ weight).view(z.shape)
+        return torch.tanh(mixed + t.double().view(-1, 1, 1, 1) / 1000).to(z.dtype)
+
+    return call
+
+
+@pytest.fixture
+def model(device):
+    """A toy network on samples of 32 elements."""
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.2
+    return toy(weight.to(device))
