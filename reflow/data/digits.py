@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships (1,797 scans of 8x8 pixels, 17 grey levels) and sentences that caption them."""
+"""The handwritten digits that scikit-learn ships (1,797 scans of 8x8 pixels, 17 grey levels), with captions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _scans() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """All scans: pixels [1797,1,16,16] fp32 in [-1,1] (stroke 1, paper -1; bicubic from 8x8) and labels [1797] int64."""
+    """All scans: pixels [1797,1,16,16] fp32 in [-1,1] (stroke 1, paper -1) and labels [1797] int64."""
     pixels, labels = _scans()
     return pixels.clone(), labels.clone()
 

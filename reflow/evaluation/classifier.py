@@ -1,8 +1,8 @@
 """A small convolutional classifier of the scans: the judge of the digits model.
 
-It is trained on real scans only, never sees a generated sample and shares nothing with the diffusion model. Its logits measure
-whether the asked digit was drawn; its 64 features carry the Fréchet distance. The weights are committed, so numbers of different
-runs compare: `python -m reflow.evaluation.classifier` made them.
+It is trained on real scans only, never sees a generated sample and shares nothing with the diffusion model. Its
+logits measure whether the asked digit was drawn; its 64 features carry the Fréchet distance. The weights are
+committed, so numbers of different runs compare: `python -m reflow.evaluation.classifier` made them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ class DigitClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64 * 4 * 4, FEATURES), nn.ReLU(),
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, FEATURES),
+            nn.ReLU(),
         )
         self.head = nn.Linear(FEATURES, 10)
 
@@ -55,7 +60,9 @@ def _shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_classifier(seed: int = 0, epochs: int = 40, batch: int = 64) -> tuple[DigitClassifier, float]:
-    """Train on the training split of the scans (CPU, a few seconds); returns the model and its held-out accuracy in [0,1]."""
+    """Train on the training split of the scans (CPU, a few seconds); returns the model and its held-out accuracy in
+    [0,1].
+    """
     images, labels = digits.images()
     train, held_out = digits.split()
     with torch.random.fork_rng(devices=[]):
@@ -91,10 +98,14 @@ def load_classifier(device: torch.device | str = "cpu", path: Path = WEIGHTS) ->
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise UserError(f"The digits classifier is missing at {path}. Write it with `python -m reflow.evaluation.classifier`.") from None
+        raise UserError(
+            f"The digits classifier is missing at {path}. Write it with `python -m reflow.evaluation.classifier`."
+        ) from None
     except Exception as error:
-        raise UserError(f"The digits classifier at {path} cannot be read ({error}). "
-                        "Write it again with `python -m reflow.evaluation.classifier`.") from error
+        raise UserError(
+            f"The digits classifier at {path} cannot be read ({error}). "
+            "Write it again with `python -m reflow.evaluation.classifier`."
+        ) from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -111,7 +122,9 @@ def main() -> None:
     model, held_out = train_classifier(args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), args.out, metadata={"held_out_accuracy": f"{held_out:.4f}", "seed": str(args.seed)})
-    print(json.dumps(dict(held_out_accuracy=held_out, seconds=round(time.perf_counter() - start, 1), path=str(args.out))))
+    print(
+        json.dumps(dict(held_out_accuracy=held_out, seconds=round(time.perf_counter() - start, 1), path=str(args.out)))
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
 
 
 def equal_sized(features_a: torch.Tensor, features_b: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both sets shuffled by the seed and cut to the smaller count, so that the distance has the same bias on either side."""
+    """Both sets shuffled by the seed and cut to the smaller count, so that the distance has the same bias on either
+    side.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = min(len(features_a), len(features_b))
     picks = [torch.randperm(len(f), generator=generator)[:count].to(f.device) for f in (features_a, features_b)]

@@ -1,6 +1,6 @@
 """How good a digits folder is: prompt accuracy, Fréchet distance at several step counts, memorisation.
 
-    python -m reflow.experiments.digits_quality [FOLDER]
+python -m reflow.experiments.digits_quality [FOLDER]
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from reflow.models import Base, denoise, family
 def ddim(base: Base, labels: torch.Tensor, steps: int, *, seed: int = 0, batch: int = 250) -> torch.Tensor:
     """Images [N,1,16,16] of the canonical prompts of labels [N]: DDIM, guidance 1, from index 999 to index 0.
 
-    Indices are max(round(1000 t) - 1, 0) at equal times from t=1 to t=0, so every step count is allowed and where it divides
-    1000 this is diffusers' DDIMScheduler with "trailing" spacing. Noise is drawn on the CPU, one seed for the whole set.
+    Indices are max(round(1000 t) - 1, 0) at equal times from t=1 to t=0, so every step count is allowed and where it
+    divides 1000 this is diffusers' DDIMScheduler with "trailing" spacing. Noise is drawn on the CPU, one seed for the
+    whole set.
     """
     from diffusers import DDIMScheduler
 
@@ -56,9 +57,10 @@ def nearest(images: torch.Tensor, scans: torch.Tensor, exclude_self: bool = Fals
 def evaluate(folder: Path | str, *, samples: int = 3000, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Measure the saved weights of a folder, cast to fp32.
 
-    Distances compare `samples` images with all scans by the features of the committed classifier; they fall with the count, so
-    compare equal counts only. `halves_of_scans` is the distance between two random halves of the scans (898 each), `resampled_scans`
-    that of `samples` scans drawn with replacement: the least that a model repeating the scans would score.
+    Distances compare `samples` images with all scans by the features of the committed classifier; they fall with the
+    count, so compare equal counts only. `halves_of_scans` is the distance between two random halves of the scans (898
+    each), `resampled_scans` that of `samples` scans drawn with replacement: the least that a model repeating the
+    scans would score.
     """
     base = family("digits").load(folder, device=device)
     classifier = load_classifier()
@@ -74,13 +76,18 @@ def evaluate(folder: Path | str, *, samples: int = 3000, device: str = "cpu", se
         if steps == 32:
             gap = nearest(images, scans)
             result["nearest_scan_rms"] = dict(
-                samples=round(gap.median().item(), 4), scans=round(nearest(scans, scans, exclude_self=True).median().item(), 4),
+                samples=round(gap.median().item(), 4),
+                scans=round(nearest(scans, scans, exclude_self=True).median().item(), 4),
                 samples_below_tenth_percentile_of_scans=round(
-                    (gap < nearest(scans, scans, exclude_self=True).quantile(0.1)).double().mean().item(), 4))
+                    (gap < nearest(scans, scans, exclude_self=True).quantile(0.1)).double().mean().item(), 4
+                ),
+            )
     shuffled = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
     half = len(real) // 2
     result["frechet_distance"]["vae"] = round(frechet_distance(classifier.features(decoded), real), 3)
-    result["frechet_distance"]["halves_of_scans"] = round(frechet_distance(real[shuffled[:half]], real[shuffled[half:2 * half]]), 3)
+    result["frechet_distance"]["halves_of_scans"] = round(
+        frechet_distance(real[shuffled[:half]], real[shuffled[half : 2 * half]]), 3
+    )
     drawn = torch.randint(len(real), (samples,), generator=torch.Generator().manual_seed(seed))
     result["frechet_distance"]["resampled_scans"] = round(frechet_distance(real[drawn], real), 3)
     result["classifier_accuracy_on_scans"] = accuracy(classifier, scans, scan_labels)

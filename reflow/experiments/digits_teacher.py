@@ -2,7 +2,8 @@
 
     python -m reflow.experiments.digits_teacher --out DIR
 
-made the committed weights (`reflow/models/weights/digits`); `training.json` in that folder says with what settings and result.
+made the committed weights (`reflow/models/weights/digits`); `training.json` in that folder says with what settings
+and result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -35,7 +37,9 @@ def cosine_rate(step: int, steps: int, rate: float, warm_up: int) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def train_vae(vae: nn.Module, images: torch.Tensor, *, steps: int, batch: int, rate: float, kl_weight: float, seed: int) -> float:
+def train_vae(
+    vae: nn.Module, images: torch.Tensor, *, steps: int, batch: int, rate: float, kl_weight: float, seed: int
+) -> float:
     """Fit the VAE to images [N,1,16,16] and make its latents zero-mean with a measured `scaling_factor`.
 
     Returns the mean squared reconstruction error (pixels in [-1,1], posterior mode).
@@ -75,10 +79,14 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def all_token_ids(parts: dict[str, Any], device: torch.device) -> list[torch.Tensor]:
-    """Token ids of every caption, row label*templates+template, then the empty one; for both tokenizers, cut to the longest."""
+    """Token ids of every caption, row label*templates+template, then the empty one; for both tokenizers, cut to the
+    longest.
+    """
     sentences = [sentence for label in range(10) for sentence in data.captions(label)] + [""]
-    return [torch.tensor(parts[name](sentences, padding="max_length", truncation=True).input_ids, device=device)
-            for name in ("tokenizer", "tokenizer_2")]
+    return [
+        torch.tensor(parts[name](sentences, padding="max_length", truncation=True).input_ids, device=device)
+        for name in ("tokenizer", "tokenizer_2")
+    ]
 
 
 def encode_text(parts: dict[str, Any], ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,15 +99,28 @@ def encode_text(parts: dict[str, Any], ids: list[torch.Tensor]) -> tuple[torch.T
 def loss_weights(alphas_cumprod: torch.Tensor, cap: float) -> torch.Tensor:
     """min(1/alpha^2, cap) with mean 1: the v-prediction weight of an eps error, capped.
 
-    A few-step sampler takes its first step from pure noise, where x0 = (z - sigma eps)/alpha magnifies an eps error 15 times.
+    A few-step sampler takes its first step from pure noise, where x0 = (z - sigma eps)/alpha magnifies an eps error
+    15 times.
     """
     weights = (1 / alphas_cumprod).clamp_max(cap)
     return weights / weights.mean()
 
 
-def train_teacher(parts: dict[str, Any], latents: torch.Tensor, labels: torch.Tensor, *, steps: int, batch: int, rate: float,
-                  drop: float, weight_cap: float, ema_decay: float, seed: int, on_checkpoint: Any = None,
-                  checkpoint_every: int = 0) -> list[float]:
+def train_teacher(
+    parts: dict[str, Any],
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    drop: float,
+    weight_cap: float,
+    ema_decay: float,
+    seed: int,
+    on_checkpoint: Any = None,
+    checkpoint_every: int = 0,
+) -> list[float]:
     """Train UNet and text encoders on scaled latents [N,4,8,8]; the parts end as their EMA. Returns the loss curve.
 
     `on_checkpoint(step, ema_parts)` is called every `checkpoint_every` steps.
@@ -130,8 +151,13 @@ def train_teacher(parts: dict[str, Any], latents: torch.Tensor, labels: torch.Te
         alpha = alphas[index].sqrt()[:, None, None, None]
         sigma = (1 - alphas[index]).sqrt()[:, None, None, None]
         hidden, pooled = encode_text(parts, ids)
-        output = parts["unet"](alpha * latents[rows] + sigma * noise, index, hidden[caption], return_dict=False,
-                               added_cond_kwargs=dict(text_embeds=pooled[caption], time_ids=time_ids))[0]
+        output = parts["unet"](
+            alpha * latents[rows] + sigma * noise,
+            index,
+            hidden[caption],
+            return_dict=False,
+            added_cond_kwargs=dict(text_embeds=pooled[caption], time_ids=time_ids),
+        )[0]
         loss = (weights[index] * (output - noise).square().mean((1, 2, 3))).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -153,12 +179,16 @@ def save(parts: dict[str, Any], folder: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     networks = {name: deepcopy(parts[name]).half() for name in ("vae", *TEACHER)}
-    pipeline = StableDiffusionXLPipeline(**{**parts, **networks}, force_zeros_for_empty_prompt=False, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline(
+        **{**parts, **networks}, force_zeros_for_empty_prompt=False, add_watermarker=False
+    )
     pipeline.save_pretrained(folder, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2"):
-        # transformers loads in the dtype that the config names, diffusers in fp32: a pipeline loaded without a dtype must agree.
+        # transformers loads in the dtype that the config names, diffusers in fp32; without a dtype both must agree.
         config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        (folder / name / "config.json").write_text(
+            json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
+        )
     vocab, merges = model.vocabulary()
     for name in ("tokenizer", "tokenizer_2"):
         # The two files that readers of tokenizers before tokenizer.json look for.
@@ -193,17 +223,38 @@ def main() -> None:
         parts[name].to(device)
     images, labels = (tensor.to(device) for tensor in data.images())
     start = time.perf_counter()
-    error = train_vae(parts["vae"], images, steps=args.vae_steps, batch=64, rate=args.vae_rate, kl_weight=args.kl_weight, seed=args.seed)
+    error = train_vae(
+        parts["vae"],
+        images,
+        steps=args.vae_steps,
+        batch=64,
+        rate=args.vae_rate,
+        kl_weight=args.kl_weight,
+        seed=args.seed,
+    )
     vae_seconds = time.perf_counter() - start
     parts["vae"].requires_grad_(False)
     latents = encode(parts["vae"], images) * parts["vae"].config.scaling_factor
-    tqdm.write(f"vae: mse {error:.5f}, scaling_factor {parts['vae'].config.scaling_factor}, "
-               f"channel std {[round(s, 3) for s in latents.std((0, 2, 3)).tolist()]}, {vae_seconds:.0f} s")
+    tqdm.write(
+        f"vae: mse {error:.5f}, scaling_factor {parts['vae'].config.scaling_factor}, "
+        f"channel std {[round(s, 3) for s in latents.std((0, 2, 3)).tolist()]}, {vae_seconds:.0f} s",
+        file=sys.stderr,
+    )
     start = time.perf_counter()
     curve = train_teacher(
-        parts, latents, labels, steps=args.unet_steps, batch=args.batch, rate=args.rate, drop=args.drop,
-        weight_cap=args.weight_cap, ema_decay=args.ema_decay, seed=args.seed + 1, checkpoint_every=args.checkpoint_every,
-        on_checkpoint=lambda step, ema: save(ema, args.out.with_name(f"{args.out.name}-{step}")))
+        parts,
+        latents,
+        labels,
+        steps=args.unet_steps,
+        batch=args.batch,
+        rate=args.rate,
+        drop=args.drop,
+        weight_cap=args.weight_cap,
+        ema_decay=args.ema_decay,
+        seed=args.seed + 1,
+        checkpoint_every=args.checkpoint_every,
+        on_checkpoint=lambda step, ema: save(ema, args.out.with_name(f"{args.out.name}-{step}")),
+    )
     unet_seconds = time.perf_counter() - start
     save(parts, args.out)
 
@@ -228,8 +279,14 @@ def machine() -> dict[str, str]:
     import diffusers
     import transformers
 
-    return dict(processor=processor(), system=platform.platform(), python=platform.python_version(), torch=torch.__version__,
-                diffusers=diffusers.__version__, transformers=transformers.__version__)
+    return dict(
+        processor=processor(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        transformers=transformers.__version__,
+    )
 
 
 def processor() -> str:
@@ -238,7 +295,9 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

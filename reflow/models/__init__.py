@@ -1,4 +1,4 @@
-"""Model families: what reflow needs from a diffusers pipeline to train it, and the digits model that ships with the package."""
+"""Model families: what reflow needs from a diffusers pipeline to train it, and the digits model that it ships."""
 
 from reflow.models.family import Base, Conditioning, Family, denoise
 from reflow.models.registry import FAMILIES, family

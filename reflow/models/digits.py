@@ -1,7 +1,8 @@
 """The digits model: an SDXL in miniature, small enough to train from scratch on one CPU core.
 
-Every part of SDXL is there, only smaller: two CLIP text encoders (the second with a projection), pooled embeddings, time ids,
-a `text_time` UNet, an AutoencoderKL, eps-prediction on 1000 scaled-linear indices. An unmodified diffusers loads the folder.
+Every part of SDXL is there, only smaller: two CLIP text encoders (the second with a projection), pooled embeddings,
+time ids, a `text_time` UNet, an AutoencoderKL, eps-prediction on 1000 scaled-linear indices. An unmodified diffusers
+loads the folder.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ SCHEDULER = dict(
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's byte-level BPE with merges only for the words of the captions: (token -> id, merges).
 
-    All 256 byte symbols are there, alone and at a word's end: an unknown symbol would become <|endoftext|>, where pooling stops.
+    All 256 byte symbols are there, alone and at a word's end: an unknown symbol would become <|endoftext|>, where
+    pooling stops.
     """
     # GPT-2's byte symbols: printable Latin-1 bytes stand for themselves, the others for the code points from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -89,8 +91,10 @@ def build_tokenizers() -> tuple[Any, Any]:
     from transformers import CLIPTokenizer
 
     vocab, merges = vocabulary()
-    return tuple(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, pad_token=pad)
-                 for pad in ("<|endoftext|>", "!"))
+    return tuple(
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, pad_token=pad)
+        for pad in ("<|endoftext|>", "!")
+    )
 
 
 def build(seed: int = 0) -> dict[str, Any]:
@@ -115,9 +119,12 @@ def build(seed: int = 0) -> dict[str, Any]:
         torch.manual_seed(seed)
         return dict(
             vae=AutoencoderKL(**VAE),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text, hidden_act="quick_gelu", pad_token_id=tokenizer.pad_token_id)),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(**text, hidden_act="quick_gelu", pad_token_id=tokenizer.pad_token_id)
+            ),
             text_encoder_2=CLIPTextModelWithProjection(
-                CLIPTextConfig(**text, hidden_act="gelu", pad_token_id=tokenizer_2.pad_token_id)),
+                CLIPTextConfig(**text, hidden_act="gelu", pad_token_id=tokenizer_2.pad_token_id)
+            ),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=UNet2DConditionModel(**UNET),

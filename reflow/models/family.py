@@ -1,7 +1,7 @@
-"""What a model family provides: a diffusers folder read into its parts, text and image encoding, and one way to call the UNet.
+"""What a model family provides: a diffusers folder read into its parts, encoders, and one way to call the UNet.
 
-SD1.5, SDXL and the digits model are all latent diffusion with CLIP text, so one `Base` serves them; a `Family` says which
-pipelines it takes, whether the text is pooled, and which folder is its default.
+SD1.5, SDXL and the digits model are all latent diffusion with CLIP text, so one `Base` serves them; a `Family` says
+which pipelines it takes, whether the text is pooled, and which folder is its default.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ PARTS = ("unet", "vae", "text")
 class Conditioning:
     """What the UNet is told besides sample and time; every tensor has one row a sample.
 
-    encoder_hidden_states [B,T,D]; text_embeds [B,P] and time_ids [B,6] for families with `text_time` conditioning, else None.
+    encoder_hidden_states [B,T,D]; text_embeds [B,P] and time_ids [B,6] for families with `text_time` conditioning,
+    else None.
     """
 
     encoder_hidden_states: torch.Tensor
@@ -74,7 +75,8 @@ def denoise(unet: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, condi
 class Base:
     """A pre-trained diffusion model, read from a diffusers folder. A part that was not asked for is None.
 
-    Networks come in eval mode; VAE and text encoders are frozen. `configs` holds the config of every part, loaded or not.
+    Networks come in eval mode; VAE and text encoders are frozen. `configs` holds the config of every part, loaded or
+    not.
     """
 
     family: Family
@@ -112,8 +114,10 @@ class Base:
         resolution = resolution or self.resolution
         cell = self.vae_scale_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
         if resolution % cell:
-            raise UserError(f"Resolution {resolution} does not fit the {self.family.name} base at {self.path}: "
-                            f"write a multiple of {cell}.")
+            raise UserError(
+                f"Resolution {resolution} does not fit the {self.family.name} base at {self.path}: "
+                f"write a multiple of {cell}."
+            )
         side = resolution // self.vae_scale_factor
         return self.configs["unet"]["in_channels"], side, side
 
@@ -134,16 +138,21 @@ class Base:
     def encode_prompts(self, prompts: Sequence[str], resolution: int | tuple[int, int] | None = None) -> Conditioning:
         """Conditioning of prompts [B] as the diffusers pipeline makes it, on the encoders' device and in their dtype.
 
-        `resolution` (side, or height and width) fills the time ids of families that have them: original size and target size
-        alike, no crop; by default the base's own.
+        `resolution` (side, or height and width) fills the time ids of families that have them: original size and
+        target size alike, no crop; by default the base's own.
         """
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self._text(), strict=True):
-            ids = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt").input_ids.to(encoder.device)
+            ids = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(encoder.device)
             if self.family.pooled:
                 output = encoder(ids, output_hidden_states=True)
-                # SDXL reads the layer before the last of both encoders; the last encoder's projection is the pooled text.
+                # SDXL reads both encoders' last layer but one; the second's projection is the pooled text.
                 hidden.append(output.hidden_states[-2])
                 pooled = output[0]
             else:
@@ -151,10 +160,12 @@ class Base:
         return Conditioning(torch.cat(hidden, -1), pooled, self._time_ids(len(prompts), resolution))
 
     def null_conditioning(self, batch: int = 1, resolution: int | tuple[int, int] | None = None) -> Conditioning:
-        """The base pipeline's own null prompt, [batch] rows: zeros where its `force_zeros_for_empty_prompt` says so, else ""."""
+        """The base pipeline's own null prompt, [batch] rows: zeros if it sets `force_zeros_for_empty_prompt`, else ""."""
         null = self.encode_prompts([""], resolution)
         if self.family.pooled and self.configs["pipeline"].get("force_zeros_for_empty_prompt", True):
-            null = Conditioning(torch.zeros_like(null.encoder_hidden_states), torch.zeros_like(null.text_embeds), null.time_ids)
+            null = Conditioning(
+                torch.zeros_like(null.encoder_hidden_states), torch.zeros_like(null.text_embeds), null.time_ids
+            )
         return null.select(torch.zeros(batch, dtype=torch.long, device=null.encoder_hidden_states.device))
 
     def _latent_scale(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
@@ -162,7 +173,10 @@ class Base:
         config = self.configs["vae"]
         scale = config.get("scaling_factor") or 1.0
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (torch.tensor(config[key], device=self.vae.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            mean, std = (
+                torch.tensor(config[key], device=self.vae.device).view(1, -1, 1, 1)
+                for key in ("latents_mean", "latents_std")
+            )
             return scale / std, mean
         return scale, config.get("shift_factor") or 0.0
 
@@ -193,18 +207,27 @@ class Base:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base: the pipelines it takes, whether it has pooled text and time ids, and its built-in folder if it has one."""
+    """A kind of base: the pipelines it takes, whether it has pooled text and time ids, and its built-in folder if it
+    has one.
+    """
 
     name: str
     pipelines: tuple[str, ...]
     pooled: bool
     builtin: Path | None = None
 
-    def load(self, path: str | Path = "builtin", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-             parts: Sequence[str] = PARTS) -> Base:
+    def load(
+        self,
+        path: str | Path = "builtin",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        parts: Sequence[str] = PARTS,
+    ) -> Base:
         """Read a base from a diffusers folder, a hub repository's name, or "builtin" (the committed digits model).
 
-        Weights are cast to `dtype`; a VAE that asks for it (`force_upcast`) stays fp32. UserError names the file at fault.
+        Weights are cast to `dtype`; a VAE that asks for it (`force_upcast`) stays fp32. UserError names the file at
+        fault.
         """
         from reflow.models.folder import load_base
 

@@ -18,7 +18,9 @@ REMEDY = "Download or export the folder again, or point the recipe at a complete
 WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
-def load_base(family: Family, path: str | Path, *, device: torch.device, dtype: torch.dtype, parts: Sequence[str]) -> Base:
+def load_base(
+    family: Family, path: str | Path, *, device: torch.device, dtype: torch.dtype, parts: Sequence[str]
+) -> Base:
     """`Family.load`, with `builtin` resolved; see there."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -26,15 +28,19 @@ def load_base(family: Family, path: str | Path, *, device: torch.device, dtype: 
     folder = _folder(family, path)
     index = _read_json(folder / "model_index.json")
     if index.get("_class_name") not in family.pipelines:
-        raise UserError(f"{folder} holds a {index.get('_class_name')}, but the family {family.name!r} takes "
-                        f"{' or '.join(family.pipelines)}. Name the family that fits the folder.")
+        raise UserError(
+            f"{folder} holds a {index.get('_class_name')}, but the family {family.name!r} takes "
+            f"{' or '.join(family.pipelines)}. Name the family that fits the folder."
+        )
     encoders = ("text_encoder", "text_encoder_2") if family.pooled else ("text_encoder",)
     tokenizers = ("tokenizer", "tokenizer_2") if family.pooled else ("tokenizer",)
     configs = {"pipeline": index, "scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
     for name in ("unet", "vae", *encoders):
         configs[name] = _read_json(folder / name / "config.json")
     if configs["unet"].get("_class_name") != "UNet2DConditionModel":
-        raise UserError(f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel.")
+        raise UserError(
+            f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel."
+        )
 
     quiet_imports()
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -48,7 +54,9 @@ def load_base(family: Family, path: str | Path, *, device: torch.device, dtype: 
         base.vae = _network(AutoencoderKL, folder / "vae", vae_dtype).to(device).requires_grad_(False)
     if "text" in parts:
         classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        base.text_encoders = tuple(_network(classes[name], folder / name, dtype).to(device).requires_grad_(False) for name in encoders)
+        base.text_encoders = tuple(
+            _network(classes[name], folder / name, dtype).to(device).requires_grad_(False) for name in encoders
+        )
         base.tokenizers = tuple(_tokenizer(folder / name) for name in tokenizers)
     return base
 
@@ -56,14 +64,18 @@ def load_base(family: Family, path: str | Path, *, device: torch.device, dtype: 
 def _folder(family: Family, path: str | Path) -> Path:
     if str(path) == "builtin":
         if family.builtin is None:
-            raise UserError(f"The family {family.name!r} has no built-in weights. Write the path of a diffusers folder.")
+            raise UserError(
+                f"The family {family.name!r} has no built-in weights. Write the path of a diffusers folder."
+            )
         return family.builtin
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UserError(f"{folder} is a file, not a diffusers folder. Convert a single-file checkpoint with "
-                        "diffusers' from_single_file(...).save_pretrained(FOLDER) and point at that folder.")
+        raise UserError(
+            f"{folder} is a file, not a diffusers folder. Convert a single-file checkpoint with "
+            "diffusers' from_single_file(...).save_pretrained(FOLDER) and point at that folder."
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UserError(f"There is no folder {folder}. Write the path of a diffusers folder.")
     quiet_imports()
@@ -72,8 +84,10 @@ def _folder(family: Family, path: str | Path) -> Path:
     try:
         return Path(DiffusionPipeline.download(str(path)))
     except Exception as error:
-        raise UserError(f"{path} is neither a folder here nor a repository that can be downloaded "
-                        f"({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from error
+        raise UserError(
+            f"{path} is neither a folder here nor a repository that can be downloaded "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -81,8 +95,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if path.name == "model_index.json":
-            raise UserError(f"{path.parent} is no diffusers pipeline: it has no model_index.json. "
-                            "Write the folder that save_pretrained made.") from None
+            raise UserError(
+                f"{path.parent} is no diffusers pipeline: it has no model_index.json. "
+                "Write the folder that save_pretrained made."
+            ) from None
         raise UserError(f"{path} is missing. {REMEDY}") from None
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}). {REMEDY}") from error
@@ -98,8 +114,10 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     if files and not plain:
         variant = files[0].stem.split(".")[1].split("-")[0]
     if not files and not list(folder.glob("*.bin")):
-        raise UserError(f"{folder} has no weights: {folder / (WEIGHTS[0 if kind.__module__.startswith('diffusers') else 1])}"
-                        f".safetensors is missing. {REMEDY}")
+        raise UserError(
+            f"{folder} has no weights: {folder / (WEIGHTS[0 if kind.__module__.startswith('diffusers') else 1])}"
+            f".safetensors is missing. {REMEDY}"
+        )
     for file in plain or files:
         try:
             with safe_open(file, "pt"):
@@ -107,8 +125,9 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         except Exception as error:
             raise UserError(f"{file} is damaged or cut short ({error}). {REMEDY}") from error
     try:
-        network, info = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant, output_loading_info=True,
-                                             local_files_only=True)
+        network, info = kind.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, output_loading_info=True, local_files_only=True
+        )
     except Exception as error:
         raise UserError(f"The weights in {folder} cannot be loaded ({str(error).splitlines()[0]}). {REMEDY}") from error
     missing = sorted(info["missing_keys"])
@@ -121,7 +140,9 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{folder} has no tokenizer: tokenizer.json (or vocab.json and merges.txt) is missing. {REMEDY}")
+        raise UserError(
+            f"{folder} has no tokenizer: tokenizer.json (or vocab.json and merges.txt) is missing. {REMEDY}"
+        )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

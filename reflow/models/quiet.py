@@ -6,7 +6,9 @@ import os
 
 
 def quiet_imports() -> None:
-    """Keep transformers from logging that it falls back to PIL image processors; a verbosity the user set is left alone."""
+    """Keep transformers from logging that it falls back to PIL image processors; a verbosity the user set is left
+    alone.
+    """
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     import transformers

@@ -37,11 +37,16 @@ def test_files_are_small_fp16_and_complete():
         with safe_open(path, "pt") as weights:
             assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.float16}, path
     for name in ("tokenizer", "tokenizer_2"):
-        assert {"tokenizer.json", "vocab.json", "merges.txt"} <= {path.name for path in (digits.BUILTIN / name).iterdir()}
+        assert {"tokenizer.json", "vocab.json", "merges.txt"} <= {
+            path.name for path in (digits.BUILTIN / name).iterdir()
+        }
 
 
 def test_every_part_of_sdxl_is_there(base):
-    assert [type(encoder).__name__ for encoder in base.text_encoders] == ["CLIPTextModel", "CLIPTextModelWithProjection"]
+    assert [type(encoder).__name__ for encoder in base.text_encoders] == [
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+    ]
     assert base.unet.config.addition_embed_type == "text_time"
     assert base.prediction_type == "epsilon"
     config = base.scheduler_config
@@ -68,8 +73,9 @@ def test_pipeline_and_family_agree(pipeline, base, device):
     """The family's text and UNet call, stepped by hand, give the pipeline's latents."""
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     prompts = ["a handwritten two", "the digit nine", "a handwritten 5"]
-    pipe_latents = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, latents=noise.to(pipeline.dtype),
-                            output_type="latent").images
+    pipe_latents = pipeline(
+        prompts, num_inference_steps=4, guidance_scale=1.0, latents=noise.to(pipeline.dtype), output_type="latent"
+    ).images
     text = base.encode_prompts(prompts)
     scheduler = type(pipeline.scheduler).from_config(base.scheduler_config)
     scheduler.set_timesteps(4)
@@ -85,7 +91,9 @@ def test_measured_samples_are_those_of_the_pipeline(pipeline, base, device):
     """What the quality report measures is what a user of diffusers gets from the same noise."""
     labels = torch.tensor([3, 8, 1])
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)).to(device, pipeline.dtype)
-    theirs = pipeline(data.prompts(labels), num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt").images
+    theirs = pipeline(
+        data.prompts(labels), num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt"
+    ).images
     ours = ddim(base, labels, 4, seed=2) / 2 + 0.5
     torch.testing.assert_close(ours, theirs.float().cpu(), atol=1e-4, rtol=0)
 
@@ -109,7 +117,9 @@ def test_tokens_of_captions_and_of_foreign_text(base):
 
 def test_pooled_text_is_read_at_the_end_of_text(base):
     """Padding behind the end of text changes nothing; the words before it do."""
-    ids = base.tokenizers[1](["a handwritten six"], padding="max_length", return_tensors="pt").input_ids.to(base.unet.device)
+    ids = base.tokenizers[1](["a handwritten six"], padding="max_length", return_tensors="pt").input_ids.to(
+        base.unet.device
+    )
     other = ids.clone()
     other[:, 6:] = 17
     encoder = base.text_encoders[1]

@@ -16,17 +16,41 @@ def tiny_sd15(folder):
 
     torch.manual_seed(0)
     tokenizer, _ = digits.build_tokenizers()
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    vae = AutoencoderKL(**{**digits.VAE, "in_channels": 3, "out_channels": 3, "scaling_factor": 0.7, "shift_factor": 0.1})
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        **{**digits.VAE, "in_channels": 3, "out_channels": 3, "scaling_factor": 0.7, "shift_factor": 0.1}
+    )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(prediction_type="v_prediction"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -49,8 +73,12 @@ def test_sdxl_text_equals_the_pipeline():
     prompts = ["a handwritten six", "a photograph of something else entirely, in very many words"]
     hidden, null, pooled, null_pooled = pipe.encode_prompt(prompts, do_classifier_free_guidance=True)
     text, empty = base.encode_prompts(prompts), base.null_conditioning(2)
-    for ours, theirs in ((text.encoder_hidden_states, hidden), (text.text_embeds, pooled),
-                         (empty.encoder_hidden_states, null), (empty.text_embeds, null_pooled)):
+    for ours, theirs in (
+        (text.encoder_hidden_states, hidden),
+        (text.text_embeds, pooled),
+        (empty.encoder_hidden_states, null),
+        (empty.text_embeds, null_pooled),
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -58,7 +86,11 @@ def test_sdxl_null_prompt_is_zeros_where_the_pipeline_says_so(broken):
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": True}))
     null = family("sdxl").load(broken, parts=("text",)).null_conditioning(3)
-    assert null.encoder_hidden_states.shape == (3, 16, 64) and not null.encoder_hidden_states.any() and not null.text_embeds.any()
+    assert (
+        null.encoder_hidden_states.shape == (3, 16, 64)
+        and not null.encoder_hidden_states.any()
+        and not null.text_embeds.any()
+    )
     assert null.time_ids[2].tolist() == [16, 16, 0, 0, 16, 16]
 
 
@@ -74,7 +106,9 @@ def test_sd15_folder_has_no_pooled_text(sd15_folder):
     torch.testing.assert_close(base.null_conditioning(1).encoder_hidden_states, null)
     assert base.prediction_type == "v_prediction" and base.latent_shape(32) == (4, 16, 16)
     with torch.no_grad():
-        output = denoise(base.unet, torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0]), text.select(torch.tensor([0, 0])))
+        output = denoise(
+            base.unet, torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0]), text.select(torch.tensor([0, 0]))
+        )
     assert output.shape == (2, 4, 8, 8)
 
 
@@ -136,7 +170,9 @@ def test_a_single_file(tmp_path):
 
 
 def test_another_kind_of_pipeline(sd15_folder):
-    with pytest.raises(UserError, match="holds a StableDiffusionPipeline, but the family 'sdxl' takes StableDiffusionXLPipeline"):
+    with pytest.raises(
+        UserError, match="holds a StableDiffusionPipeline, but the family 'sdxl' takes StableDiffusionXLPipeline"
+    ):
         family("sdxl").load(sd15_folder)
 
 
