@@ -20,6 +20,8 @@ from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.states import State, read_metadata, read_state, write_state
 
+PUBLISHED = "delta_weights.safetensors"
+
 
 @dataclass
 class MergeReport:
@@ -36,6 +38,13 @@ class MergeReport:
         ]
         lines += [f"  other shape: {key}" for key in self.mismatched] + [f"  one only: {key}" for key in self.skipped]
         return "\n".join(lines)
+
+
+def _delta_file(source: str | Path | State) -> str | Path | State:
+    """PeRFlow's published folders hold the delta under a name of its own."""
+    if not isinstance(source, Mapping) and (Path(source) / PUBLISHED).is_file():
+        return Path(source) / PUBLISHED
+    return source
 
 
 def _examples(keys: Sequence[str]) -> str:
@@ -90,7 +99,7 @@ def student_settings(path: str | Path) -> dict[str, Any]:
     {} for files that do not say, as PeRFlow's published deltas: those were trained on 4 uniform windows with
     network_time "perflow".
     """
-    metadata = read_metadata(path)
+    metadata = read_metadata(_delta_file(path))
     if "windows" not in metadata:
         return {}
     return {
@@ -105,13 +114,13 @@ def merge(
 ) -> tuple[dict[str, torch.Tensor], MergeReport]:
     """W_custom + scale * dW per tensor, in fp32, each result in the dtype of the custom weight.
 
-    Keys are diffusers UNet names, as in published delta_weights.safetensors. A key that is in one of the two only, or
-    whose shape differs, raises UserError unless a pattern of ``allow`` names it ("conv_in.*" for an inpainting UNet);
-    the custom weight is then kept as it is and reported.
+    Keys are diffusers UNet names, as in PeRFlow's published delta_weights.safetensors (the file or its folder). A key
+    that is in one of the two only, or whose shape differs, raises UserError unless a pattern of ``allow`` names it
+    ("conv_in.*" for an inpainting UNet); the custom weight is then kept as it is and reported.
     """
     if not math.isfinite(scale):
         raise UserError(f"The merge scale is {scale}; it must be a finite number, 1 for the whole delta.")
-    custom_state, delta_state = read_state(custom), read_state(delta)
+    custom_state, delta_state = read_state(custom), read_state(_delta_file(delta))
     report = MergeReport()
     for key in sorted(custom_state.keys() | delta_state.keys()):
         if key not in custom_state:

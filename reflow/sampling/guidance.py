@@ -56,11 +56,11 @@ DOUBLED_INPUTS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 def guidance_callback(guidance: Guidance, steps: int) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
     """A ``callback_on_step_end`` that changes the guidance of a Stable Diffusion (XL) pipeline from step to step.
 
-    Call the pipeline with ``guidance_scale=guidance_scales(guidance, steps)[0]`` (it governs the first step),
-    ``callback_on_step_end=guidance_callback(guidance, steps)`` and, if the schedule reaches 1,
-    ``callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]`` (SDXL: also "add_text_embeds" and
-    "add_time_ids"), from which the unconditional half is then dropped. Raises UserError for a schedule that goes back
-    up from 1: that half is gone by then.
+    ``steps`` is the number that the call really runs (image to image: fewer than num_inference_steps). Give the
+    pipeline ``guidance_scale=guidance_scales(guidance, steps)[0]``, which governs the first step, this callback and,
+    if the schedule reaches 1, ``callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]`` (SDXL: also
+    "add_text_embeds" and "add_time_ids"), from which the unconditional half is then dropped. Raises UserError for a
+    schedule that goes back up from 1: that half is gone by then.
     """
     scales = guidance_scales(guidance, steps)
     for i in range(1, steps):

@@ -166,7 +166,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         steps = self.num_inference_steps or len(self.timesteps)
         return StepsError(
             f"Image to image with num_inference_steps={steps} starts after the last step, so there is nothing to run: "
-            f"strength * num_inference_steps is below 1. Use a strength of at least {1 / steps:.4g} or more steps."
+            f"strength * num_inference_steps is below 1. Use a strength of at least {1 / steps:.4g} or more steps "
+            "(SDXL: or an earlier denoising_start)."
         )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
@@ -200,7 +201,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         if len(self._positions) < num_inference_steps:
             raise StepsError(
                 f"num_inference_steps={num_inference_steps} puts two steps on one of the {len(self)} training times; "
-                f"use fewer steps (at most {len(self) // count} in a window)."
+                "use fewer steps, or wider windows."
             )
         sample_coef, output_coef = self._table.velocity_coefficients(torch.tensor(window), t)
         dt = torch.tensor([*times[1:], self.windows.t_end[-1]], dtype=torch.float64) - t

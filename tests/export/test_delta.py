@@ -62,7 +62,9 @@ def test_a_published_half_precision_delta_merges_into_fp32(tmp_path):
     assert len(report.matched) == 3 and "3 tensors merged" in str(report)
     for key in custom:
         assert torch.equal(merged[key], custom[key] + delta[key].float()) and merged[key].dtype == torch.float32
-    assert student_settings(tmp_path / "delta_weights.safetensors") == {}
+    assert student_settings(tmp_path / "delta_weights.safetensors") == student_settings(tmp_path) == {}
+    again, _ = merge(custom, tmp_path)  # the published folder
+    assert all(torch.equal(again[key], merged[key]) for key in merged)
 
 
 def test_delta_file_keeps_how_to_sample_it(tmp_path):
