@@ -69,11 +69,14 @@ class Objective(Section):
     direction_weight: NonNegativeFloat = 1.0
     direction_norm: Literal["window_speed", "none"] = "window_speed"
     huber_c: PositiveFloat = 0.001
+    huber_norm: Literal["element", "sample"] = "element"
+    time_weight: Literal["none", "reciprocal", "rcp_win"] = "none"
     points: Literal["chord", "schedule"] = "chord"
     starts: Literal["data", "noise"] = "data"
     time_density: Literal["uniform", "u_shaped", "window_start"] = "window_start"
     time_share: Fraction = 0.5
     time_upper: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    time_sharpness: PositiveFloat = 4.0
     time_grid: NonNegativeInt = 1000
 
 
@@ -231,6 +234,9 @@ def check(recipe: Recipe, where: str) -> None:
                             f"give every stage at least one batch.")
         if recipe.train.micro_batch % stage.chords_per_solve:
             raise UserError(f"{where}: {key}.chords_per_solve = {stage.chords_per_solve} must divide train.micro_batch = {recipe.train.micro_batch}.")
+        if recipe.objective.points == "schedule" and recipe.stage_value(i, "objective", "loss") == "aligned_v":
+            raise UserError(f"{where}: {key} has loss 'aligned_v' with objective.points = 'schedule', whose target is the window's end and no "
+                            f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
     if recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"{where}: train.micro_batch = {recipe.train.micro_batch} must divide train.batch_size = {recipe.train.batch_size}.")
     if recipe.objective.points == "schedule" and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):

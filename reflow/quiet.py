@@ -11,7 +11,6 @@ import torch
 
 def quiet_libraries() -> None:
     """Keep our own messages and errors; drop import-time notes about optional packages, hub clients and pending deprecations."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():

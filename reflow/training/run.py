@@ -47,7 +47,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
     open_run_dir(run_dir, recipe, allow_config_change)
     device = engine.init_distributed()
-    if device.type == "cpu":
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
     torch.manual_seed(recipe.train.seed)
     family = registry.family(recipe.model.family)

@@ -41,7 +41,7 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
         if stage.teacher == "previous":
             before = ChordTable(schedule, windows_of(recipe.stages[index - 1]), recipe.student.prediction_type, device=device)
             solver = WindowSolver.from_student(before, windows, stage.solver_steps, network_time_mode=recipe.student.network_time,
-                                               guidance_scale=guidance, device=device)
+                                               device=device)  # the root's guidance is in this student already
         else:
             solver = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
                                   guidance_scale=guidance, device=device)

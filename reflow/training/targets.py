@@ -25,10 +25,11 @@ class Points:
 
 def times(draws: torch.Tensor, window: torch.Tensor, table: ChordTable, settings: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """(t, tau) of shape [...] from uniforms draws [..., 2] and windows [...]: the recipe's density, on its time grid."""
-    tau = objective.sample_tau(draws, settings.time_density, share=settings.time_share, upper=settings.time_upper)
+    tau = objective.sample_tau(draws, settings.time_density, share=settings.time_share, upper=settings.time_upper,
+                               sharpness=settings.time_sharpness)
     t = table.time(window, tau)
     if settings.time_grid:
-        t = snap(t, settings.time_grid, table.t_start[window])
+        t = snap(t, settings.time_grid, table.t_start[window], table.t_end[window])
         tau = table.tau(window, t).clamp(0.0, 1.0)
     return t, tau
 
@@ -55,8 +56,12 @@ def points(z_start: torch.Tensor, z_end: torch.Tensor, window: torch.Tensor, dra
 def loss(output: torch.Tensor, at: Points, table: ChordTable, settings: Objective, *, kind: str, direction_weight: float,
          weight: torch.Tensor | None = None) -> AlignedVLoss:
     """The recipe's loss of the student's output [R,C,h,w] at the points; `weight` [R] is 0 for a sample that must not count."""
+    by_time = objective.time_weight(settings.time_weight, table, at.window, at.t)
+    if by_time is not None:
+        weight = by_time if weight is None else weight * by_time
+    huber = dict(huber_c=settings.huber_c, huber_norm=settings.huber_norm)
     if settings.points == "schedule":
-        return objective.schedule_loss(output, at.z_end, at.z_t, table, at.window, at.t, kind=kind, weight=weight, huber_c=settings.huber_c)
+        return objective.schedule_loss(output, at.z_end, at.z_t, table, at.window, at.t, kind=kind, weight=weight, **huber)
     return objective.chord_loss(output, at.velocity, at.z_t, table, at.window, at.t, kind=kind, space=settings.space,
-                                direction_weight=direction_weight, weight=weight, huber_c=settings.huber_c,
+                                direction_weight=direction_weight, weight=weight, **huber,
                                 direction_scale="speed" if settings.direction_norm == "window_speed" else "none")

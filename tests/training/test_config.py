@@ -1,0 +1,77 @@
+"""Recipes: what is accepted, what is refused and what the sentence says."""
+
+import pytest
+
+from reflow import config
+from reflow.errors import UserError
+
+
+def recipe_text(extra: str = "", stage: str = "windows = 4\nsolver_steps = 2\nsamples = 1000") -> str:
+    return f'name = "t"\n{extra}\n[[stages]]\n{stage}\n'
+
+
+def load(tmp_path, text, overrides=()):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    return config.load(str(path), list(overrides))
+
+
+@pytest.mark.parametrize("name", config.available())
+def test_every_recipe_of_the_package_loads_and_survives_a_round_trip(name, tmp_path):
+    recipe = config.load(name)
+    path = tmp_path / "again.toml"
+    path.write_text(config.dump(recipe))
+    assert config.load(str(path)) == recipe
+
+
+@pytest.mark.parametrize("text, words", [
+    (recipe_text("[train]\nlearning_rat = 1"), ["train.learning_rat", "learning_rate"]),
+    (recipe_text("[trian]\nseed = 1"), ["trian", "'train'"]),
+    (recipe_text(stage="windows = 0\nsolver_steps = 2\nsamples = 1000"), ["stages.0.windows", "0"]),
+    (recipe_text(stage="windows = 4\nsolver_step = 2\nsamples = 1000"), ["solver_step", "solver_steps"]),
+    (recipe_text(stage="windows = 4\nsolver_steps = 300\nsamples = 1000"), ["solver_steps", "300", "250"]),
+    (recipe_text(stage='windows = 4\nsolver_steps = 2\nsamples = 1000\nteacher = "previous"'), ["teacher", "root"]),
+    (recipe_text(stage="windows = 4\nsolver_steps = 2\nsamples = 100"), ["stages.0.samples", "batch_size"]),
+    (recipe_text(stage="solver_steps = 2\nsamples = 1000"), ["windows", "boundaries"]),
+    (recipe_text(stage="boundaries = [1.0, 0.2, 0.6, 0.0]\nsolver_steps = 2\nsamples = 1000"), ["boundaries", "fall"]),
+    (recipe_text("[train]\nbatch_size = 100"), ["micro_batch", "batch_size"]),
+    (recipe_text('[objective]\nloss = "alignedv"'), ["objective.loss", "aligned_v"]),
+    (recipe_text('[objective]\npoints = "schedule"\nloss = "mse"\n[student]\nprediction_type = "velocity"'), ["points", "ddim_eps"]),
+    (recipe_text('[objective]\npoints = "schedule"'), ["aligned_v", "pseudo_huber"]),
+    ('name = "t"\n', ["stages"]),
+    ("name = \n", ["TOML"]),
+])
+def test_a_bad_recipe_is_one_sentence_with_the_key_and_the_remedy(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_misspelt_recipe_offers_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="digits-quick"):
+        config.load("digit-quick")
+
+
+def test_previous_needs_boundaries_of_the_stage_before(tmp_path):
+    second = "[[stages]]\nwindows = 3\nsolver_steps = 2\nsamples = 1000\nteacher = \"previous\"\n"
+    with pytest.raises(UserError, match="stages.1 merges windows of stage 0"):
+        load(tmp_path, recipe_text() + second)
+
+
+def test_overrides_reach_sections_and_stages(tmp_path):
+    recipe = load(tmp_path, recipe_text(), ["stages.0.samples=20000", "train.seed=7", "objective.loss=mse", "train.betas=[0.8, 0.9]"])
+    assert recipe.stages[0].samples == 20000 and recipe.train.seed == 7
+    assert recipe.objective.loss == "mse" and recipe.train.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("override", ["stages.5.samples=1", "nothing", "train.seed.deep=1", "stages.x.samples=2"])
+def test_an_override_without_a_place_is_refused(tmp_path, override):
+    with pytest.raises(UserError, match="--set|train.seed"):
+        load(tmp_path, recipe_text(), [override])
+
+
+def test_changed_keys_are_named_and_free_keys_are_not(tmp_path):
+    old = load(tmp_path, recipe_text())
+    new = load(tmp_path, recipe_text(), ["train.seed=3", "log.every=5", "validate.every=100", "stages.0.samples=2000"])
+    assert [c.split(":")[0] for c in config.changed_keys(old, new)] == ["stages.0.samples", "train.seed"]

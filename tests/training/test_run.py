@@ -1,0 +1,263 @@
+"""One rank in this process: what a run leaves, what it refuses, and that it stops where it must."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from reflow import config
+from reflow.data import latents
+from reflow.errors import UserError
+from reflow.training import ema, engine, loop, optimizers, run
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ONE = ("stages.1.samples=16", "stages.0.samples=32")
+
+
+def log(folder, event):
+    return [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if r["event"] == event]
+
+
+def test_a_run_leaves_weights_log_pictures_and_its_recipe(tmp_path):
+    recipe = tiny.recipe(tmp_path, "validate.every=32", "checkpoint.every=32")
+    assert run.train(recipe, tmp_path / "run") == 0
+    folder = tmp_path / "run"
+    assert config.load(str(folder / "recipe.toml")) == recipe
+    train = log(folder, "train")
+    assert [r["total_samples"] for r in train] == [32, 64, 96, 128] and [r["stage"] for r in train] == [0, 0, 1, 1]
+    for record in train:
+        assert {w["window"] for w in record["windows"]} == set(range(4 if record["stage"] == 0 else 2))
+        for w in record["windows"]:
+            assert w["mse"] == pytest.approx(w["magnitude"] + w["direction"])
+        assert set(record["seconds"]) == {"data", "teacher", "student", "optimizer"} and record["samples_per_second"] > 0
+    checks = log(folder, "validate")
+    assert len(checks) == 4 and {w["tau"] for w in checks[0]["windows"]} == {0.0, 0.25, 0.5, 0.75}
+    assert [r["distance_to_own_ddim"] < 1e-3 for r in log(folder, "start")] == [True, True]
+    assert len(list((folder / "validation").glob("*.png"))) == 4 and list((folder / "tensorboard").iterdir())
+    assert (folder / "checkpoints" / "latest").read_text() == "stage-1-000000032"
+    assert run.train(recipe, folder) == 0
+    assert log(folder, "train") == train
+
+
+def test_the_log_is_the_same_with_and_without_resumption_over_a_kill_of_half_a_line(tmp_path):
+    recipe = tiny.recipe(tmp_path, "checkpoint.every=32")
+    run.train(recipe, tmp_path / "a")
+    run.train(tiny.recipe(tmp_path, "checkpoint.every=32"), tmp_path / "b")
+    # As a kill leaves it: the last stage unfinished, its newest checkpoint in place, half a line in the log.
+    (tmp_path / "b" / "stage-1" / "unet_ema.safetensors").unlink()
+    with open(tmp_path / "b" / "log.jsonl", "a") as handle:
+        handle.write('{"event": "train", "total')
+    run.train(recipe, tmp_path / "b")
+    a, b = (load_file(tmp_path / x / "stage-1" / "unet_ema.safetensors") for x in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = ("seconds", "samples_per_second", "peak_memory", "elapsed")
+    strip = [[{k: v for k, v in r.items() if k not in drop} for r in log(tmp_path / x, "train")] for x in "ab"]
+    assert strip[0] == strip[1]
+
+
+def test_ema_is_the_average_that_its_formula_says():
+    weights = [torch.randn(5), torch.randn(3, 2)]
+    average, plain = ema.Ema(weights), [w.clone() for w in weights]
+    for step in range(6):
+        for w in weights:
+            w += torch.randn_like(w)
+        d = ema.decay(100.0, 10, step, True)
+        assert d == min(0.5 ** 0.1, (1 + step) / (10 + step))
+        average.update(d)
+        plain = [d * p + (1 - d) * w for p, w in zip(plain, weights)]
+    for a, p in zip(average.average, plain):
+        torch.testing.assert_close(a, p)
+    assert ema.decay(100.0, 100, 5, False) == 0.5
+
+
+@pytest.mark.parametrize("schedule, middle, end", [("constant", 1.0, 1.0), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0244717)])
+def test_learning_rate_curve(schedule, middle, end):
+    assert optimizers.learning_rate(1.0, schedule, 0, 100, 50, 10) == pytest.approx(middle)
+    assert optimizers.learning_rate(1.0, schedule, 0, 100, 90, 10) == pytest.approx(end, rel=1e-4)
+    assert optimizers.learning_rate(1.0, "constant", 40, 100, 0, 10) == pytest.approx(0.25)
+
+
+def test_stored_pairs_are_solved_once_and_a_missing_chunk_again(tmp_path):
+    recipe = tiny.recipe(tmp_path, "stages.0.pairs=24", "stages.1.pairs=16", *ONE)
+    run.train(recipe, tmp_path / "a")
+    chunk = tmp_path / "a" / "stage-0" / "pairs" / "pairs-00000.safetensors"
+    before = load_file(chunk)
+    for path in (chunk, *(tmp_path / "a").glob("stage-*/unet_ema.safetensors")):
+        path.rename(path.with_suffix(".old"))
+    run.train(recipe, tmp_path / "a")
+    again = load_file(chunk)
+    assert all(torch.equal(before[k], again[k]) for k in before)
+    for i in (0, 1):
+        old, new = (load_file(tmp_path / "a" / f"stage-{i}" / f"unet_ema.{s}") for s in ("old", "safetensors"))
+        assert all(torch.equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.parametrize("override", [
+    ["stages.0.chords_per_solve=4"], ["objective.points=schedule", "objective.loss=pseudo_huber"], ["objective.starts=noise"],
+    ["objective.space=eps", "objective.loss=mse"], ["stages.0.half=noisy"], ["train.max_nonfinite=3", "teacher.guidance_scale=3.0"],
+    ["student.prediction_type=velocity"], ["student.prediction_type=diff_eps"], ["student.network_time=perflow"],
+    ["teacher.method=heun"], ["train.schedule=linear", "objective.time_density=u_shaped", "data.caption_drop=0.5", "teacher.drops_captions=false"],
+], ids=lambda o: o[0])
+def test_every_setting_trains(tmp_path, override):
+    recipe = tiny.recipe(tmp_path, *ONE, *override)
+    assert run.train(recipe, tmp_path / "run") == 0
+    assert all(w["mse"] > 0 for r in log(tmp_path / "run", "train") for w in r["windows"])
+
+
+def test_half_straightening_trains_only_its_windows(tmp_path):
+    run.train(tiny.recipe(tmp_path, *ONE, "stages.0.half=noisy"), tmp_path / "run")
+    assert {w["window"] for w in log(tmp_path / "run", "train")[0]["windows"]} == {0, 1}
+
+
+def test_a_student_that_does_not_start_as_its_teacher_is_refused(tmp_path, monkeypatch):
+    # The wrong wiring: windows read with the coefficients of another schedule.
+    wrong = type("Wrong", (), {"from_config": staticmethod(lambda cfg: loop.DiscreteVP.from_config({**cfg, "beta_end": 0.02}))})
+    monkeypatch.setattr("reflow.training.validation.DiscreteVP", wrong)
+    with pytest.raises(UserError, match="differs from its network's own 4-step DDIM"):
+        run.train(tiny.recipe(tmp_path), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stage-*/*.safetensors"))
+
+
+def test_other_parameterisations_say_how_far_off_they_start(tmp_path, capsys):
+    run.train(tiny.recipe(tmp_path, *ONE, "student.prediction_type=diff_eps"), tmp_path / "run")
+    assert "the untrained diff_eps student starts" in capsys.readouterr().out
+    assert log(tmp_path / "run", "start")[0]["distance_to_own_ddim"] > 0.01
+
+
+def poisoned(monkeypatch, rows):
+    clean = latents.encode_digits
+
+    def encode(base, **kwargs):
+        data = clean(base, **kwargs)
+        data.latents[rows] = float("nan")
+        return data
+
+    monkeypatch.setattr(run, "encode_digits", encode)
+
+
+def test_a_non_finite_batch_is_named_and_the_checkpoint_stands(tmp_path, monkeypatch):
+    recipe = tiny.recipe(tmp_path, "checkpoint.every=16", "log.every=16")
+    order = [loop.sampler.item_of(0, 0, i, 1797) for i in range(64)]
+    poisoned(monkeypatch, [order[40]])
+    with pytest.raises(UserError, match=r"stage 1, step 2 \(samples 32 to 47\): 1 samples so far, train.max_nonfinite allows 0") as error:
+        run.train(recipe, tmp_path / "run")
+    latest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    assert latest.name == "stage-0-000000032" and str(latest) in str(error.value)
+    assert all(torch.isfinite(t).all() for t in load_file(latest / "ema.safetensors").values())
+
+
+def test_a_few_non_finite_samples_are_left_out_where_the_recipe_allows(tmp_path, monkeypatch):
+    poisoned(monkeypatch, [loop.sampler.item_of(0, 0, 5, 1797)])
+    assert run.train(tiny.recipe(tmp_path, "train.max_nonfinite=2"), tmp_path / "run") == 0
+    assert sum(r["excluded"] for r in log(tmp_path / "run", "train") if r["stage"] == 0) == 1
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "stage-1" / "unet_ema.safetensors").values())
+
+
+def test_diverged_weights_are_never_saved(tmp_path):
+    with pytest.raises(UserError, match="not finite"):
+        run.train(tiny.recipe(tmp_path, "train.learning_rate=1e30", "train.schedule=constant", "train.clip=0", "train.warmup=0",
+                              "checkpoint.every=32", "log.every=64"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stage-*/*.safetensors")) and not (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def test_changed_algorithm_keys_are_refused_on_resume_unless_allowed(tmp_path):
+    run.train(tiny.recipe(tmp_path, *ONE), tmp_path / "run")
+    changed = tiny.recipe(tmp_path, *ONE, "train.learning_rate=5e-4", "log.every=64")
+    with pytest.raises(UserError, match="train.learning_rate: 0.001 -> 0.0005") as error:
+        run.train(changed, tmp_path / "run")
+    assert "log.every" not in str(error.value) and "--allow-config-change" in str(error.value)
+    assert run.train(changed, tmp_path / "run", allow_config_change=True) == 0
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no run of reflow"):
+        run.train(tiny.recipe(tmp_path), tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_another(tmp_path):
+    recipe = tiny.recipe(tmp_path, "checkpoint.every=16")
+    run.train(recipe, tmp_path / "run")
+    (tmp_path / "run" / "stage-1" / "unet_ema.safetensors").unlink()
+    (tmp_path / "run" / "checkpoints" / "stage-1-000000048" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match="stage-1-000000048.*not whole.*stage-1-000000032"):
+        run.train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("override, words", [
+    ("model.family=digit", "digits"), ("model.base=/nowhere/at/all", "/nowhere/at/all"), ("data.source=digts", "digits"),
+    ("student.prediction_type=ddim_v", "ddim_eps"), ("train.deepspeed=/nowhere.json", "/nowhere.json"),
+])
+def test_bad_input_ends_with_a_sentence_and_leaves_nothing(tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        run.train(tiny.recipe(tmp_path, override), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "stage-0").exists()
+
+
+def test_a_users_deepspeed_json_is_laid_over_ours_but_not_over_batch_sizes(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}, "gradient_clipping": 0.5, "train_batch_size": "auto"}')
+    train = tiny.recipe(tmp_path, "train.zero_stage=2", f"train.deepspeed={path}").train
+    merged = engine.config_for(train, 4, 10**6, 1)
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and merged["gradient_clipping"] == 0.5
+    path.write_text('{"train_batch_size": 64}')
+    with pytest.raises(UserError, match="train_batch_size.*recipe"):
+        engine.config_for(train, 4, 10**6, 1)
+
+
+def command(tmp_path, folder, *overrides):
+    tiny.recipe(tmp_path)
+    sets = [a for o in overrides for a in ("--set", o)]
+    return [sys.executable, "scripts/train.py", "--recipe", str(tmp_path / "tiny.toml"), "--run-dir", str(folder), *sets]
+
+
+def outside():
+    """The environment of a fresh shell: without the process group that this test process has joined."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in group} | {"OMP_NUM_THREADS": "1"}
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_path, name):
+    longer = ("stages.0.samples=160", "stages.1.samples=16", "checkpoint.every=32", "log.every=16", "checkpoint.keep=9")
+    environment = outside()
+    process = subprocess.Popen(command(tmp_path, tmp_path / "cut", *longer), cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "cut" / "checkpoints" / "latest", process)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    if name == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == loop.LEFT_EARLY and "The same command goes on from there" in out, err
+    again = subprocess.run(command(tmp_path, tmp_path / "cut", *longer), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    run.train(config.load(str(tmp_path / "tiny.toml"), list(longer)), tmp_path / "whole")
+    for i in (0, 1):
+        a, b = (load_file(tmp_path / x / f"stage-{i}" / "unet_ema.safetensors") for x in ("cut", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [r["loss"] for r in log(tmp_path / "cut", "train")] == [r["loss"] for r in log(tmp_path / "whole", "train")]
+
+
+def test_bad_input_at_the_command_line_is_exit_code_2_and_one_line(tmp_path):
+    finished = subprocess.run(command(tmp_path, tmp_path / "run", "train.sed=1"), cwd=ROOT, env=outside(), capture_output=True, text=True,
+                              timeout=120)
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert len(finished.stderr.strip().splitlines()) == 1 and "did you mean 'seed'" in finished.stderr

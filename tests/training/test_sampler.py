@@ -1,0 +1,41 @@
+"""Randomness is a function of (seed, stage, global index)."""
+
+import numpy as np
+import torch
+
+from reflow.data import sampler
+
+
+def test_a_sample_does_not_depend_on_its_neighbours():
+    drop, noise = sampler.solve_draws(3, 1, [5, 6, 7], (2, 4, 4))
+    alone = sampler.solve_draws(3, 1, [6], (2, 4, 4))
+    assert torch.equal(drop[1:2], alone[0]) and torch.equal(noise[1:2], alone[1])
+    chords = sampler.chord_draws(3, 1, [10, 11])
+    assert torch.equal(chords[1], sampler.chord_draws(3, 1, [11])[0])
+
+
+def test_seeds_stages_and_streams_differ():
+    draws = [sampler.solve_draws(s, g, [i], (1, 2, 2))[1] for s in (0, 1) for g in (0, 1) for i in (0, 1)]
+    draws.append(sampler.chord_draws(0, 0, [0]))
+    flat = [tuple(d.flatten().tolist()) for d in draws]
+    assert len(set(flat)) == len(flat)
+
+
+def test_an_epoch_visits_every_item_once_and_epochs_differ():
+    first = [sampler.item_of(0, 0, i, 97) for i in range(97)]
+    second = [sampler.item_of(0, 0, i, 97) for i in range(97, 194)]
+    assert sorted(first) == sorted(second) == list(range(97)) and first != second
+
+
+def test_ranks_and_accumulation_share_a_step_without_overlap():
+    for world, micro in ((1, 4), (2, 4), (2, 2), (4, 4)):
+        accumulation = 16 // (world * micro)
+        rows = [i for r in range(world) for part in sampler.rows_of_step(3, 16, micro, r, world, accumulation) for i in part]
+        assert sorted(rows) == list(range(48, 64))
+
+
+def test_draws_have_the_right_distribution():
+    _, noise = sampler.solve_draws(0, 0, list(range(200)), (4, 8, 8))
+    assert abs(float(noise.mean())) < 0.01 and abs(float(noise.std()) - 1) < 0.01
+    uniform = sampler.chord_draws(0, 0, list(range(4000)))
+    assert np.all(np.abs(uniform.mean(0).numpy() - 0.5) < 0.02) and float(uniform.min()) >= 0 and float(uniform.max()) < 1
