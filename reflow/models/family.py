@@ -160,7 +160,7 @@ class Base:
         return Conditioning(torch.cat(hidden, -1), pooled, self._time_ids(len(prompts), resolution))
 
     def null_conditioning(self, batch: int = 1, resolution: int | tuple[int, int] | None = None) -> Conditioning:
-        """The base pipeline's own null prompt, [batch] rows: zeros if it sets `force_zeros_for_empty_prompt`, else ""."""
+        """The base's null prompt, [batch] rows: zeros if it has `force_zeros_for_empty_prompt`, else encoded ''."""
         null = self.encode_prompts([""], resolution)
         if self.family.pooled and self.configs["pipeline"].get("force_zeros_for_empty_prompt", True):
             null = Conditioning(
