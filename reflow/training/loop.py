@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from reflow.config import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
+from reflow.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.family import Base, denoise
@@ -242,7 +243,5 @@ def solver_dtype(recipe: Recipe) -> torch.dtype:
 
 def metadata(recipe: Recipe, stage: int) -> dict[str, str]:
     """What a weights file says of itself; export and sampling read it."""
-    edges = ",".join(f"{e:g}" for e in recipe.stages[stage].edges)
-    return {"format": "pt", "reflow.recipe": recipe.name, "reflow.stage": str(stage), "reflow.boundaries": edges,
-            "reflow.prediction_type": recipe.student.prediction_type, "reflow.network_time": recipe.student.network_time,
-            "reflow.family": recipe.model.family, "reflow.base": recipe.model.base}
+    return student_metadata(stages.windows_of(recipe.stages[stage]), recipe.student.prediction_type, recipe.student.network_time,
+                            recipe=recipe.name, stage=stage + 1, family=recipe.model.family, base=recipe.model.base)
