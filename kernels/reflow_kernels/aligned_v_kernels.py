@@ -48,7 +48,7 @@ def _velocity(output, sample, output_coef, sample_coef, o_output, o_sample, o_co
     return b_velocity
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "PROGRAMS", "output_coef_stride", "sample_coef_stride"])
 def _sums_kernel(
     output,  # [B, N]
     target,  # [B, N]
@@ -85,14 +85,14 @@ def _sums_kernel(
     scale = _shrink(peak, ACC)
     target_scale = _shrink(target_peak, ACC)
     common = tl.minimum(scale, target_scale)
-    b_difference = b_velocity * common - b_target * common
-    b_total = b_velocity * common + b_target * common
     b_velocity *= scale
     b_target *= target_scale
     vv = tl.sum(b_target * b_target)
     pv = tl.sum(b_velocity * b_target)
     b_residual = b_velocity - _slope(pv, vv, ACC) * b_target
-    column = program * 0 + PROGRAMS
+    b_difference = b_velocity * (common / scale) - b_target * (common / target_scale)
+    b_total = b_velocity * (common / scale) + b_target * (common / target_scale)
+    column = tl.cast(PROGRAMS, tl.int64)
     tl.store(sums + program, tl.sum(b_velocity * b_velocity))
     tl.store(sums + column + program, vv)
     tl.store(sums + 2 * column + program, pv)
@@ -118,7 +118,7 @@ def _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC: tl.con
     return scale[:, None] / tile, target_scale[:, None] / target_tile, common[:, None] / tl.minimum(tile, target_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "TILES", "BATCH", "direction_weight_stride", "weight_stride"])
 def _finish_kernel(
     sums,  # [8, B * TILES]
     direction_weight,  # [B]
@@ -138,8 +138,8 @@ def _finish_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    programs = (tl.program_id(0).to(tl.int64) + BATCH) * TILES
-    floor = EPS * square_root((programs * 0 + N).to(ACC), ACC)
+    programs = tl.cast(BATCH, tl.int64) * TILES
+    floor = EPS * square_root(tl.cast(N, ACC), ACC)
     b_loss = tl.zeros([SAMPLES], ACC)
     for i_r in range(ROUNDS):
         o_b = i_r * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)  # [SAMPLES]
@@ -234,7 +234,7 @@ def _finish_kernel(
     tl.store(loss, tl.sum(b_loss) / BATCH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "BATCH", "output_coef_stride", "sample_coef_stride"])
 def _gradient_kernel(
     grad_loss,  # []
     output,  # [B, N]
@@ -265,7 +265,7 @@ def _gradient_kernel(
         i_b * output_coef_stride, i_b * sample_coef_stride, m_n, ACC, EVEN,
     )  # fmt: skip
     b_target = load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
-    column = i_b * 0 + BATCH
+    column = tl.cast(BATCH, tl.int64)
     c_d = tl.load(stats + i_b)
     c_p = tl.load(stats + column + i_b)
     c_v = tl.load(stats + 2 * column + i_b)

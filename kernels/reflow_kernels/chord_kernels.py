@@ -10,7 +10,10 @@ from . import launch, layout
 from .tiles import accumulator, divide, lerp, load, store
 
 
-@triton.jit
+_COUNTS = ["TILES", "BATCH", "tau_point_stride", "tau_stride", "dt_stride"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _chord_kernel(
     z_start,  # [B, N]
     z_end,  # [B, N]

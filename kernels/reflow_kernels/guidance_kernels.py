@@ -32,7 +32,7 @@ def _factor(cond_spread, guided_spread, rescale, ACC: tl.constexpr):
     return 1.0 + rescale * (tl.where(guided_spread > 0, ratio, 1.0) - 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "BATCH", "guidance_scale_stride", "rescale_stride"])
 def _combine_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -52,17 +52,18 @@ def _combine_kernel(
     i_b = program // TILES
     o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_n = o_n < N
-    b_uncond = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)
     b_cond = load(output, (i_b + BATCH) * output_stride + o_n, m_n, ACC, EVEN)
+    if rescale is not None:
+        _, cond_spread = _moments(b_cond, m_n, N, ACC)  # before the next load: three tiles at once would not fit
+    b_uncond = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)
     b_guided = lerp(b_uncond, b_cond, tl.load(guidance_scale + i_b * guidance_scale_stride).to(ACC))
     if rescale is not None:
-        _, cond_spread = _moments(b_cond, m_n, N, ACC)
         _, guided_spread = _moments(b_guided, m_n, N, ACC)
         b_guided *= _factor(cond_spread, guided_spread, tl.load(rescale + i_b * rescale_stride).to(ACC), ACC)
     store(guided, i_b * N + o_n, b_guided, m_n, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "BATCH", "guidance_scale_stride"])
 def _moments_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -86,7 +87,7 @@ def _moments_kernel(
     count = tl.minimum(N - (program % TILES) * BLOCK, BLOCK)
     cond_mean, cond_spread = _moments(b_cond, m_n, count, ACC)
     guided_mean, guided_spread = _moments(b_guided, m_n, count, ACC)
-    column = (program * 0 + BATCH) * TILES
+    column = tl.cast(BATCH, tl.int64) * TILES
     tl.store(moments + program, cond_mean)
     tl.store(moments + column + program, cond_spread)
     tl.store(moments + 2 * column + program, guided_mean)
@@ -116,7 +117,7 @@ def _merge(
     return tl.sum(spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "SUMS", "BATCH", "guidance_scale_stride", "rescale_stride"])
 def _rescale_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -141,7 +142,7 @@ def _rescale_kernel(
     i_b = program // TILES
     o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_n = o_n < N
-    column = (program * 0 + BATCH) * SUMS
+    column = tl.cast(BATCH, tl.int64) * SUMS
     cond_spread = _merge(moments, column, i_b * SUMS, N, SUMS, TILE, CHUNK, CHUNKS, ACC)
     guided_spread = _merge(moments + 2 * column, column, i_b * SUMS, N, SUMS, TILE, CHUNK, CHUNKS, ACC)
     b_uncond = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)

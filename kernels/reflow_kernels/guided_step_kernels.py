@@ -10,7 +10,10 @@ from . import launch, layout
 from .tiles import accumulator, lerp, load, store
 
 
-@triton.jit
+_COUNTS = ["TILES", "BATCH", "state_coef_stride", "output_coef_stride", "guidance_scale_stride", "input_scale_stride"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _step_kernel(
     state,  # [B, N]
     output,  # [B, N], or [2B, N] with guidance

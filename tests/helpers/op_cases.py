@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 
 hypothesis.settings.register_profile(
-    "ci", max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.register_profile(
-    "deep", max_examples=400, deadline=None, database=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+    "deep", max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,7 +23,7 @@ SHAPES = ((1,), (63,), (129,), (3, 5, 7), (4, 8, 8), (1, 9, 1), (2, 3, 4, 5))
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced", "channels", "expanded", "offset", "transposed")
 
 
-def for_all(strategy):
+def for_all(strategy, examples=12):
     """Run ``check(case, device, backend)`` over a strategy: few fixed examples, and many more under ``--all``."""
 
     def decorate(check):
@@ -33,7 +33,10 @@ def for_all(strategy):
             def example(case):
                 check(case, device, backend)
 
-            hypothesis.settings.get_profile(profile)(hypothesis.given(strategy)(example))()
+            chosen = hypothesis.settings.get_profile(profile)
+            if profile == "ci":
+                chosen = hypothesis.settings(chosen, max_examples=examples)
+            chosen(hypothesis.given(strategy)(example))()
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
         return test

@@ -63,7 +63,7 @@ def losses(draw):
     )
 
 
-@cases.for_all(losses())
+@cases.for_all(losses(), examples=40)
 def test_aligned_v_loss(case, device, backend):
     output, target, arguments = case.build(device)
 
@@ -116,7 +116,7 @@ def steps(draw):
     )
 
 
-@cases.for_all(steps())
+@cases.for_all(steps(), examples=40)
 def test_guided_step(case, device, backend):
     state, output, arguments = case.build(device)
     exact = reference.guided_step(
@@ -164,7 +164,7 @@ def chords(draw):
     )
 
 
-@cases.for_all(chords())
+@cases.for_all(chords(), examples=40)
 def test_window_chord(case, device, backend):
     start, end, tau, dt = case.build(device)
     exact = reference.window_chord(*map(double, (start, end, tau, dt)))
@@ -192,7 +192,7 @@ def guidances(draw):
     )
 
 
-@cases.for_all(guidances())
+@cases.for_all(guidances(), examples=40)
 def test_cfg_combine(case, device, backend):
     output, scale = case.output.build(device), case.scale.build(device)
     rescale = 0.0 if case.rescale is None else case.rescale.build(device)

@@ -1,0 +1,29 @@
+"""``python -m bench COMMAND``: every command is a module with ``add_arguments(parser)`` and ``main(arguments) -> int``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# command -> (module, what it does); modules are imported only when their command runs.
+COMMANDS = {
+    "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run one command; its return value is the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if argv[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

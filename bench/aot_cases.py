@@ -1,0 +1,103 @@
+"""The launches that ``python -m bench aot`` compiles: recorded from the launchers themselves, so they cannot drift apart."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from reflow_kernels import aligned_v_kernels, chord_kernels, guidance_kernels, guided_step_kernels, launch, layout
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+
+# Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither.
+SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71)}
+LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as one call would compile it: signature, constants and hints as the JIT derives them from the values."""
+
+    kernel: Any
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    warps: int
+    block: int | None
+
+
+def recorded(dtype: torch.dtype, specialisation: str, lanes: int) -> list[Launch]:
+    """Every launch of every op for tensors of this dtype, on a target whose warps have ``lanes`` lanes."""
+    launches: list[Launch] = []
+    with _recording(launches, lanes):
+        for shape in (SHAPES[specialisation], LARGE[specialisation]):
+            _run_all(shape, dtype)
+    return list(dict.fromkeys(launches))
+
+
+@contextlib.contextmanager
+def _recording(launches: list[Launch], lanes: int) -> Iterator[None]:
+    start, before = launch.start, launch._LANES
+    launch.start = lambda kernel, programs, device, warps, *args, **constants: launches.append(
+        describe(kernel, warps, args, constants)
+    )
+    launch._LANES = lanes
+    try:
+        yield
+    finally:
+        launch.start, launch._LANES = start, before
+
+
+def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) -> Launch:
+    """The specialisation that these arguments select."""
+    signature, fixed, divisible = {}, dict(constants), []
+    names = kernel.arg_names
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    for position, (name, value) in enumerate(zip(names, args, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1 and name not in plain):
+            fixed[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            divisible += [position] if value.data_ptr() % 16 == 0 else []
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [position] if value % 16 == 0 and name not in plain else []
+    for name in fixed:
+        signature[name] = "constexpr"
+    ordered = tuple((name, signature[name]) for name in names)
+    values = tuple(fixed.items())
+    return Launch(kernel, kernel.fn.__name__, ordered, values, tuple(divisible), warps, constants.get("BLOCK"))
+
+
+def _run_all(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    batch = 2
+    output = torch.zeros(batch, *shape, dtype=dtype)
+    doubled = torch.zeros(2 * batch, *shape, dtype=dtype)
+    state = torch.zeros(batch, *shape, dtype=wide)
+    values = torch.zeros(batch, dtype=wide)
+    stats = torch.zeros(aligned_v_kernels.STATS, batch, dtype=wide)
+    grad = torch.zeros((), dtype=wide)
+    order = layout.contiguous_order(output.shape)
+
+    def empty(*leading, dtype=wide):
+        return layout.empty(leading, output, order, dtype)
+
+    for sample, coef, weight, target in ((state, values, values, state), (None, None, None, output)):
+        aligned_v_kernels.forward(output, target, values, weight, sample, coef, coef, 1e-4, True)
+        aligned_v_kernels.backward(grad, output, target, sample, coef, coef, stats, True)
+    for result, scale in ((doubled, values), (output, None)):
+        buffers = empty(batch), empty(result.shape[0], dtype=dtype)
+        guided_step_kernels.step(state, result, values, values, scale, scale, *buffers, True)
+    for tau in (values, values.expand(2, batch)):
+        leading = tau.shape
+        chord_kernels.chord(
+            state, state, tau, values, empty(*leading), empty(batch), empty(*leading, dtype=dtype), True
+        )
+    for rescale in (None, values):
+        guidance_kernels.combine(doubled, values, rescale, empty(batch, dtype=dtype), True)
