@@ -115,10 +115,10 @@ class _AlignedV:
 
         size = max(self.size, 1)
         common = torch.minimum(self.scale, target_scale)
-        ratio, target_ratio = common / self.scale, common / target_scale
         # |v^| - |v| from the difference of the vectors, which stays accurate where the two are close.
-        total = (prediction_norm * ratio + target_norm * target_ratio).squeeze(1)
-        gap = (self.error * common * (self.prediction * ratio + velocity * target_ratio)).sum(1)
+        rows, target_rows = self.prediction * (common / self.scale), velocity * (common / target_scale)
+        total = (prediction_norm * (common / self.scale) + target_norm * (common / target_scale)).squeeze(1)
+        gap = ((rows - target_rows) * (rows + target_rows)).sum(1)
         gap = gap / torch.where(total > 0, total, 1.0)
         self.mse = self.error.square().sum(1) / size
         self.magnitude = (gap / common.squeeze(1)).square() / size
