@@ -25,11 +25,12 @@ from reflow.checkpoint_keys import (
     original_unet,
     original_vae,
 )
+from reflow.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.model_card import model_card
 from reflow.models import family
-from reflow.models.quiet import quiet_imports
+from reflow.quiet import quiet_imports
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.states import WEIGHTS, State, cast, dtype_of, read_state, refuse_existing, write_state
 
@@ -167,6 +168,19 @@ def _part_files(folder: Path) -> list[tuple[Path, str]]:
     return kept
 
 
+def _single_precision(config: Path) -> None:
+    """Make transformers load this part in fp32, as diffusers loads the others, unless the caller names a dtype.
+
+    Without the entry it takes the dtype of the stored weights, and halves meet floats in the UNet.
+    """
+    settings = _read_json(config)
+    if settings.get("dtype") == "float32":
+        return
+    settings.pop("torch_dtype", None)
+    config.unlink()  # maybe a hard link to the base's own file
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> None:
     for name, value in list(index.items()):
         if not isinstance(value, list) or value[0] is None or name in ("unet", "scheduler"):
@@ -188,6 +202,8 @@ def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> Non
                 except OSError:  # another file system
                     pass
             shutil.copyfile(file, place)
+        if value[0] != "diffusers" and (out / name / "config.json").is_file():
+            _single_precision(out / name / "config.json")
 
 
 def export_folder(
@@ -210,7 +226,8 @@ def export_folder(
     the base's own; ``steps`` is the number that the model is meant for (None: one a window), which decides with
     ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data, steps, guidance, evaluation and anything
     else the README should say. ``link`` makes hard links to the base's files instead of copies, where the file system
-    can. Raises UserError if ``out`` is not empty, the base is incomplete or the weights do not fit.
+    can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the dtype that from_pretrained is
+    given. Raises UserError if ``out`` is not empty, the base is incomplete or the weights do not fit.
     """
     base, out = Path(base_path), Path(out)
     refuse_existing(out)
@@ -236,7 +253,9 @@ def export_folder(
         _copy_parts(base, index, temporary, link)
         (temporary / "unet").mkdir()
         shutil.copyfile(base / "unet" / "config.json", temporary / "unet" / "config.json")
-        write_state(state, temporary / "unet" / f"{WEIGHTS}.safetensors")
+        # So that `reflow sample` knows a student also where the folder carries stock DDIM.
+        says = student_metadata(scheduler.windows, scheduler.config.prediction_type, scheduler.config.network_time)
+        write_state(state, temporary / "unet" / f"{WEIGHTS}.safetensors", metadata=says)
         chosen.save_pretrained(temporary / "scheduler")
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(

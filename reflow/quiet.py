@@ -1,4 +1,8 @@
-"""Silence for warnings of libraries that the user did not ask for. Call before diffusers, transformers or bitsandbytes are imported."""
+"""Silence for notes of libraries that the user did not ask about; their errors and everything of ours stay.
+
+Nothing heavy is imported at the top, so that `reflow --help` needs neither torch nor transformers. What the user set
+in the environment is left alone.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,52 @@ import logging
 import os
 import warnings
 
-import torch
+LIBRARIES = ("accelerate", "bitsandbytes", "deepspeed", "diffusers", "huggingface_hub", "peft", "tensorboard", "torch")
+LIBRARIES += ("transformers", "xformers")
+LOGGERS = (
+    "bitsandbytes",
+    "diffusers",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+    "torch.utils.flop_counter",
+    "transformers",
+    "xformers",
+)
 
 
 def quiet_libraries() -> None:
-    """Keep our own messages and errors; drop import-time notes about optional packages, hub clients and pending deprecations."""
+    """Drop notes about optional packages, hub clients and pending deprecations. Call before the libraries are imported;
+    imports nothing itself.
+    """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
-        # DeepSpeed, which accelerate imports too, would look for an accelerator and warn that it found none.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for category in (FutureWarning, DeprecationWarning, UserWarning):
-        for module in (r"torch\..*", r"diffusers\..*", r"transformers\..*", r"deepspeed\..*", r"bitsandbytes\..*", r"xformers\..*",
-                       r"huggingface_hub\..*", r"tensorboard\..*"):
-            warnings.filterwarnings("ignore", category=category, module=module)
-    for name in ("transformers", "diffusers", "xformers", "bitsandbytes", "torch.distributed", "torch.utils.cpp_extension"):
+        for name in LIBRARIES:
+            warnings.filterwarnings("ignore", category=category, module=rf"{name}(\..*)?$")
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_imports() -> None:
+    """Call right before diffusers, transformers or accelerate are imported for loading a model; imports transformers.
+
+    No line about the PIL fallback of image processors, no bar for each part's "Loading weights"; the bars of downloads
+    stay. A TRANSFORMERS_VERBOSITY that the user set is left alone.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        # DeepSpeed, which accelerate may import, would look for an accelerator and warn that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error") != "error":
+        return
+    import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    downloads_shown = not are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if downloads_shown:
+        enable_progress_bars()

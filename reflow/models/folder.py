@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.models.family import PARTS, Base, Family
-from reflow.models.quiet import quiet_imports
+from reflow.quiet import quiet_imports
 
 REMEDY = "Download or export the folder again, or point the recipe at a complete one."
 WEIGHTS = ("diffusion_pytorch_model", "model")
@@ -26,7 +27,7 @@ def load_base(
     if unknown:
         raise ValueError(f"Unknown part {unknown[0]!r} of a base; parts are {', '.join(PARTS)}")
     folder = _folder(family, path)
-    index = _read_json(folder / "model_index.json")
+    index = read_index(folder)
     if index.get("_class_name") not in family.pipelines:
         raise UserError(
             f"{folder} holds a {index.get('_class_name')}, but the family {family.name!r} takes "
@@ -42,11 +43,13 @@ def load_base(
             f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel."
         )
 
+    base = Base(family=family, path=folder, configs=configs)
+    if not parts:
+        return base
     quiet_imports()
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    base = Base(family=family, path=folder, configs=configs)
     if "unet" in parts:
         base.unet = _network(UNet2DConditionModel, folder / "unet", dtype).to(device)
     if "vae" in parts:
@@ -68,6 +71,16 @@ def _folder(family: Family, path: str | Path) -> Path:
                 f"The family {family.name!r} has no built-in weights. Write the path of a diffusers folder."
             )
         return family.builtin
+    return find_folder(path)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of a diffusers folder. Raises UserError where there is none, or one that cannot be read."""
+    return _read_json(folder / "model_index.json")
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder at this path, or the download of the hub repository of this name. Raises UserError for neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -84,9 +97,11 @@ def _folder(family: Family, path: str | Path) -> Path:
     try:
         return Path(DiffusionPipeline.download(str(path)))
     except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is neither a folder here nor a repository that can be downloaded "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            f"There is no folder {path} here, and no hub repository of that name could be downloaded "
+            f"({textwrap.shorten(reason, 160, placeholder=' ...')}). Write the path of a diffusers folder, or look at the "
+            "connection."
         ) from error
 
 
@@ -94,6 +109,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.name == "model_index.json" and (path.parent / "recipe.toml").is_file():
+            raise UserError(
+                f"{path.parent} is a training run and no diffusers folder. Give it as --run-dir, or export it first."
+            ) from None
         if path.name == "model_index.json":
             raise UserError(
                 f"{path.parent} is no diffusers pipeline: it has no model_index.json. "

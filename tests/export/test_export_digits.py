@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from reflow.delta import merge, student_metadata, student_settings, write_delta
 from reflow.errors import UserError
@@ -32,6 +32,34 @@ def test_the_exported_folder_is_a_base_again(student, tmp_path):
     noise = initial_noise([0, 1, 2], base.latent_shape())
     stock = pipe(["a seven"] * 3, num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt").images
     assert (ours.images / 2 + 0.5 - stock).abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_the_pipeline_loads_without_a_dtype_and_samples_the_student(student, tmp_path, dtype):
+    export_folder(BUILTIN, student, tmp_path / "out", windows=2, dtype=dtype)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.float32}
+    base = family("digits").load()
+    stored = torch.float16 if dtype == "fp16" else torch.float32
+    base.unet.load_state_dict({key: tensor.to(stored) for key, tensor in student.items()})
+    want = sample(base, base.unet, ["a handwritten seven"] * 2, 2, [0, 1], windows=2).images / 2 + 0.5
+    noise = initial_noise([0, 1], base.latent_shape())
+    got = pipe(
+        ["a handwritten seven"] * 2, num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt"
+    ).images
+    assert (got - want).abs().max() <= 1e-4
+
+
+def test_the_exported_weights_say_how_they_are_sampled(student, tmp_path):
+    export_folder(BUILTIN, student, tmp_path / "out", windows=2)
+    file = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert student_settings(file) == {
+        "windows": Windows.uniform(2),
+        "prediction_type": "ddim_eps",
+        "network_time": "index",
+    }
 
 
 def test_the_delta_rebuilds_the_student_and_says_how_to_export_it(student, tmp_path):

@@ -1,5 +1,6 @@
 """The exported diffusers folder: loads without reflow where it claims to, and samples what the student samples."""
 
+import copy
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from reflow.errors import UserError
 from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def moved(pipe):
@@ -186,6 +190,26 @@ def test_half_precision_and_untouched_parts(trained, tmp_path):
     export_folder(base, state, tmp_path / "linked", windows=4, link=True)
     assert os.path.samefile(tmp_path / "linked/vae/config.json", base / "vae/config.json")
     assert not os.path.samefile(tmp_path / "linked/unet/config.json", base / "unet/config.json")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_a_half_precision_base_loads_in_one_dtype(sdxl, tmp_path, key):
+    """transformers would load text encoders in the dtype of their config, or else of their weights."""
+    base = tmp_path / "base"
+    half = {name: copy.deepcopy(getattr(sdxl, name)).half() for name in ("unet", "vae", *ENCODERS)}
+    type(sdxl)(**{**sdxl.components, **half}, add_watermarker=False).save_pretrained(base)
+    for name in ENCODERS:
+        config = json.loads((base / name / "config.json").read_text())
+        config.pop("dtype")
+        (base / name / "config.json").write_text(json.dumps(config | ({key: "float16"} if key else {})))
+    before = (base / "text_encoder/config.json").read_bytes()
+    export_folder(base, half["unet"].state_dict(), tmp_path / "out", windows=4, link=True)
+    again = tiny_pipelines.quiet(DiffusionPipeline.from_pretrained(tmp_path / "out"))
+    assert {getattr(again, name).dtype for name in half} == {torch.float32}
+    assert torch.isfinite(latents(again, 4)).all()
+    asked = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert {getattr(asked, name).dtype for name in half} == {torch.bfloat16}
+    assert (base / "text_encoder/config.json").read_bytes() == before
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(trained, tmp_path, monkeypatch):
