@@ -94,7 +94,7 @@ def _forward(
     backend: str,
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], parts [3, B] = mse, magnitude, cosine, stats [6, B] for the Triton gradient, unset for PyTorch)."""
+    """(loss [], parts [3, B] = mse, magnitude, cosine, stats [6, B] for the Triton gradient, zeros for PyTorch)."""
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
         run = dispatch.triton_module("aligned_v").forward
@@ -111,7 +111,7 @@ def _forward(
         weight=weight,
         eps=eps,
     )
-    stats = result.mse.new_empty((STATS, model_output.shape[0]))
+    stats = result.mse.new_zeros((STATS, model_output.shape[0]))
     return result.loss, torch.stack(result[1:]), stats
 
 

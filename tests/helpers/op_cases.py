@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 
 import hypothesis
 import pytest
@@ -15,6 +16,7 @@ hypothesis.settings.register_profile(
     "deep", max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
