@@ -74,11 +74,11 @@ class Checkpoints:
             shutil.rmtree(self.folder / tag, ignore_errors=True)
             os.replace(working, self.folder / tag)
             write_atomic(self.folder / LATEST, tag)
-            self._prune(stage)
+            self._prune()
         dist.barrier()
         return self.folder / tag
 
-    def _prune(self, stage: int) -> None:
+    def _prune(self) -> None:
         whole = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()), key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
         for old in whole[:-self.keep]:
             shutil.rmtree(old, ignore_errors=True)

@@ -79,10 +79,9 @@ class Loop:
         if latest is not None and int(latest.name.split("-")[1]) != first:
             latest = None
         before = sum(self.steps_of(i) * self.recipe.train.batch_size for i in range(first))
-        resume_at = before if first else None
-        if latest is not None:
-            resume_at = before + int(latest.name.split("-")[2])
-        self.log = Log(self.run_dir, wandb=self.recipe.log.wandb, name=self.recipe.name, resume_at=resume_at)
+        done = int(latest.name.split("-")[2]) if latest is not None else 0
+        self.log = Log(self.run_dir, before + done, wandb=self.recipe.log.wandb, name=self.recipe.name,
+                       restarted=first if latest is None else None)
         try:
             for i in range(first, len(self.recipe.stages)):
                 self.run_stage(i, before, latest)

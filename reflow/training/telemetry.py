@@ -93,19 +93,23 @@ class Meter:
 
 
 class Log:
-    """run_dir/log.jsonl and TensorBoard events, written by rank 0. Resuming drops the lines written after the checkpoint."""
+    """run_dir/log.jsonl and TensorBoard events, written by rank 0.
 
-    def __init__(self, run_dir: pathlib.Path, *, wandb: bool = False, name: str = "", resume_at: int | None = None) -> None:
+    resume_at: total samples that the run goes on from; what was written later is dropped and will be written again.
+    restarted: the stage that starts over from its beginning, if one does.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, resume_at: int, *, wandb: bool = False, name: str = "", restarted: int | None = None) -> None:
         self.path, self.writer, self.wandb = run_dir / "log.jsonl", None, None
         if dist.get_rank() != 0:
             return
-        if resume_at is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if parses(line) and json.loads(line)["total_samples"] <= resume_at]
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if stands(line, resume_at, restarted)]
             temporary = self.path.with_name(".log.jsonl.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self.path)
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1)
         if wandb:
             try:
                 import wandb as module
@@ -135,11 +139,13 @@ class Log:
             self.writer.close()
 
 
-def parses(line: str) -> bool:
-    # A run that was killed may have left half a line.
-    with contextlib.suppress(json.JSONDecodeError):
-        return "total_samples" in json.loads(line)
-    return False
+def stands(line: str, resume_at: int, restarted: int | None) -> bool:
+    """Whether a line of the log was written before the point that the run goes on from. A kill may have left half a line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return record["total_samples"] <= resume_at and not (record["event"] == "start" and record["stage"] == restarted)
 
 
 def scalars(prefix: str, values: Any) -> Iterator[tuple[str, float]]:

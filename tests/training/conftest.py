@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -20,7 +21,11 @@ def launch():
         group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {k: v for k, v in os.environ.items() if k not in group}
         env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-        command = [str(pathlib.Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), str(script), *map(str, args)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [str(pathlib.Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port),
+                   str(script), *map(str, args)]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, **kwargs)
 
     return start

@@ -2,7 +2,11 @@
 
 import json
 import pathlib
+import signal
+import threading
+import time
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -53,3 +57,58 @@ def test_one_rank_agrees_with_two_to_rounding(matrix, tmp_path, digits_base):
     two = load_file(matrix[0] / "zero0-adamw-fp32" / "stage-1" / "unet_ema.safetensors")
     assert relative(one, two, digits_base.unet.state_dict()) < 1e-3
     assert not torch.equal(one["conv_out.weight"], digits_base.unet.state_dict()["conv_out.weight"])
+
+
+LONGER = ("stages.0.samples=256", "stages.1.samples=32", "checkpoint.every=32", "log.every=16", "checkpoint.keep=9", "train.zero_stage=2")
+
+
+def ranks_of(folder):
+    """The training processes of a run, by rank."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(folder) in line and any(a.startswith("--local_rank=") for a in line):
+            found[int(next(a.split("=")[1] for a in line if a.startswith("--local_rank")))] = process
+    return found
+
+
+def losses(folder):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(r["total_samples"], r["loss"]) for r in records if r["event"] == "train"]
+
+
+@pytest.mark.launch
+def test_a_killed_rank_ends_the_others_and_the_same_command_ends_bit_equal(launch, tmp_path):
+    tiny.recipe(tmp_path)
+
+    def command(folder):
+        sets = [a for o in LONGER for a in ("--set", o)]
+        return ["scripts/train.py", "--recipe", tmp_path / "tiny.toml", "--run-dir", folder, *sets]
+
+    def disturbed(number, rank, beyond):
+        """Start, and once checkpoint number `beyond` stands send the signal to the rank(s)."""
+        checkpoint = tmp_path / "cut" / "checkpoints" / f"stage-0-{beyond:09d}"
+        started = threading.Thread(target=lambda: finished.append(launch(*command(tmp_path / "cut"))))
+        finished = []
+        started.start()
+        end = time.monotonic() + 200
+        while not checkpoint.exists():
+            assert started.is_alive() and time.monotonic() < end, finished
+            time.sleep(0.02)
+        ranks_of(tmp_path / "cut")[rank].send_signal(number)
+        start = time.monotonic()
+        started.join(timeout=90)
+        assert not started.is_alive() and time.monotonic() - start < 60 and not ranks_of(tmp_path / "cut")
+        return finished[0]
+
+    assert disturbed(signal.SIGKILL, 1, 64).returncode != 0
+    asked = disturbed(signal.SIGUSR1, 0, 128)
+    assert asked.returncode != 0 and "The same command goes on from there" in asked.stdout
+    last = launch(*command(tmp_path / "cut"))
+    assert last.returncode == 0, last.stderr
+    whole = launch(*command(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    for i in (0, 1):
+        a, b = (load_file(tmp_path / x / f"stage-{i}" / "unet_ema.safetensors") for x in ("cut", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -92,7 +92,10 @@ def test_stored_pairs_are_solved_once_and_a_missing_chunk_again(tmp_path):
     before = load_file(chunk)
     for path in (chunk, *(tmp_path / "a").glob("stage-*/unet_ema.safetensors")):
         path.rename(path.with_suffix(".old"))
+    logged = [(r["total_samples"], r["loss"]) for r in log(tmp_path / "a", "train")]
     run.train(recipe, tmp_path / "a")
+    # As after a kill before the first checkpoint: the log tells the run once.
+    assert [(r["total_samples"], r["loss"]) for r in log(tmp_path / "a", "train")] == logged and len(log(tmp_path / "a", "start")) == 2
     again = load_file(chunk)
     assert all(torch.equal(before[k], again[k]) for k in before)
     for i in (0, 1):
@@ -183,6 +186,12 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds no run of reflow"):
         run.train(tiny.recipe(tmp_path), tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_data_set_is_refused():
+    data = latents.LatentDataset(torch.empty(0, 4, 8, 8), torch.empty(0, dtype=torch.long), None, None)
+    with pytest.raises(UserError, match="folder x is empty"):
+        latents.checked(data, "folder x")
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_another(tmp_path):

@@ -1,0 +1,80 @@
+"""What several commands share: finding a run's student, and free names for what they write."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import Any
+
+from reflow import config
+from reflow.config import Recipe
+from reflow.errors import UserError
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return number
+
+
+def open_run(run_dir: str) -> tuple[pathlib.Path, Recipe]:
+    """A run directory and its recipe. Raises UserError where the folder holds no run."""
+    folder = pathlib.Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; give the --run-dir of a training run.")
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(
+            f"{folder} holds no run of reflow (there is no recipe.toml in it); give the --run-dir of a training run."
+        )
+    return folder, config.load(str(folder / "recipe.toml"))
+
+
+def student_file(folder: pathlib.Path, recipe: Recipe, stage: int | None) -> pathlib.Path:
+    """The weights of a finished stage (counted from 1; None: the last finished one). Raises UserError where there are
+    none.
+    """
+    files = [folder / f"stage-{i}" / "unet_ema.safetensors" for i in range(len(recipe.stages))]
+    done = [i + 1 for i, f in enumerate(files) if f.is_file()]
+    if not done:
+        raise UserError(
+            f"No stage of {folder} is finished yet; run the training command again, it goes on where it stopped."
+        )
+    if stage is not None and stage not in done:
+        count = "stage" if len(done) == 1 else "stages"
+        raise UserError(
+            f"--stage {stage}: {folder} has finished {count} {', '.join(map(str, done))} of {len(files)}; stages are "
+            "counted from 1."
+        )
+    return files[(stage or done[-1]) - 1]
+
+
+def stage_of(weights: pathlib.Path) -> int:
+    """The stage, counted from 1, that wrote a run's weights file."""
+    return int(weights.parent.name.removeprefix("stage-")) + 1
+
+
+def reading_of(weights: pathlib.Path, recipe: Recipe) -> dict[str, Any]:
+    """windows, prediction_type and network_time of a run's student: what its file says, else what the recipe says."""
+    from reflow.delta import student_settings
+    from reflow.flow import Windows
+
+    student = recipe.student
+    return student_settings(weights) or {
+        "windows": Windows(tuple(recipe.stages[stage_of(weights) - 1].edges)),
+        "prediction_type": student.prediction_type,
+        "network_time": student.network_time,
+    }
+
+
+def free_name(name: str) -> pathlib.Path:
+    """`name`, or the first of name-2, name-3, ... where nothing lies yet."""
+    path, number = pathlib.Path(name), 1
+    while path.exists():
+        number += 1
+        path = pathlib.Path(f"{name}-{number}")
+    return path
