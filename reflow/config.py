@@ -59,6 +59,7 @@ class Teacher(Section):
     drops_captions: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: PositiveInt = 128
+    cuda_graph: bool = False
 
 
 class Objective(Section):

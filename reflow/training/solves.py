@@ -15,6 +15,7 @@ from reflow.config import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.errors import UserError
+from reflow.flow.captured import CapturedSolve
 from reflow.models.family import Conditioning, denoise
 from reflow.training.stages import StageFlow
 
@@ -49,6 +50,7 @@ class Solver:
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
         self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+        self.captured: CapturedSolve | None = None
 
     def inputs(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Items [B], dropped [B] bool and noise [B,C,h,w] of the solves, on the CPU."""
@@ -65,31 +67,40 @@ class Solver:
         noise, latent = noise.to(self.device), self.data.latent(items).to(self.device, torch.float32)
         with torch.no_grad():
             z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
-            model = self.network(taught)
             if z_start is not None:
-                z_end = self.flow.solver.solve(model, z_start, window, input_dtype=self.dtype)
+                z_end = self.solve(z_start, window, self.teacher_rows(taught))
             else:
-                z_start, z_end = self.from_noise(model, noise, window)
+                z_start, z_end = self.from_noise(noise, window, self.teacher_rows(taught))
         return Solved(z_start, z_end, window, student)
 
-    def from_noise(self, model: Callable, noise: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+        """One window, as a CUDA graph where the recipe says so; a batch of another size than the first is solved plainly."""
+        if self.recipe.teacher.cuda_graph and z.device.type == "cuda":
+            inputs = tuple(t for t in (rows.encoder_hidden_states, rows.text_embeds, rows.time_ids) if t is not None)
+            if self.captured is None:
+                self.captured = CapturedSolve(self.flow.solver, lambda x, t, *c: denoise(self.teacher, x, t, Conditioning(*c)), z, window,
+                                              *inputs, input_dtype=self.dtype)
+            if self.captured.fits(z, window, *inputs):
+                return self.captured(z, window, *inputs)
+        return self.flow.solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
+
+    def from_noise(self, noise: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's own trajectory from pure noise: each sample keeps both ends of its window."""
         z, starts, ends = noise, torch.empty_like(noise), torch.empty_like(noise)
         for k in range(int(self.flow.active.max()) + 1):
             here = (window == k).view(-1, 1, 1, 1)
             starts = torch.where(here, z, starts)
-            z = self.flow.solver.solve(model, z, torch.full_like(window, k), input_dtype=self.dtype)
+            z = self.solve(z, torch.full_like(window, k), rows)
             ends = torch.where(here, z, ends)
         return starts, ends
 
-    def network(self, conditioning: Conditioning) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The frozen teacher as the solver calls it; with guidance the first half of the rows gets the null prompt."""
+    def teacher_rows(self, conditioning: Conditioning) -> Conditioning:
+        """Conditioning of the teacher's rows in its dtype; with guidance the null prompt's rows come first."""
         if self.flow.solver.guidance_scale is not None:
             rows = len(conditioning)
             null = self.data.null.select(torch.zeros(rows, dtype=torch.long)).to(self.device, torch.float32)
             conditioning = null.cat(conditioning)
-        conditioning = conditioning.to(self.device, self.dtype)
-        return lambda model_input, timestep: denoise(self.teacher, model_input, timestep, conditioning)
+        return conditioning.to(self.device, self.dtype)
 
 
 class PairStore:

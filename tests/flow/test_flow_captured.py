@@ -1,0 +1,76 @@
+"""The captured solve: the same numbers as the plain one, without a host sync."""
+
+import pytest
+import torch
+from reflow_kernels import aligned_v_loss, window_chord
+
+from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
+from reflow.flow.captured import CapturedSolve
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+def case(device, guidance=None):
+    torch.manual_seed(0)
+    schedule, windows = DiscreteVP.from_config(BETAS), Windows.uniform(4)
+    solver = WindowSolver(schedule, windows, 4, guidance_scale=guidance, device=device)
+    layer = torch.nn.Conv2d(4, 4, 3, padding=1).to(device).requires_grad_(False)
+    rows = 6 if guidance is None else 12
+
+    def network(z, t, text):
+        return layer(z) + 1e-3 * t.view(-1, 1, 1, 1) + text.view(-1, 4, 1, 1)
+
+    def draw():
+        return torch.randn(6, 4, 8, 8, device=device), torch.randint(0, 4, (6,), device=device), torch.randn(rows, 4, device=device)
+
+    return solver, network, draw
+
+
+def test_a_cpu_is_told_what_to_do_instead():
+    solver, network, draw = case(torch.device("cpu"))
+    with pytest.raises(ValueError, match="only on a GPU.*solver.solve"):
+        CapturedSolve(solver, network, *draw())
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_replay_equals_the_plain_solve_and_never_syncs(device, guidance):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    solver, network, draw = case(device, guidance)
+    captured = CapturedSolve(solver, network, *draw())
+    for _ in range(3):
+        z, window, text = draw()
+        plain = solver.solve(lambda a, b: network(a, b, text), z, window)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            replayed = captured(z, window, text)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(replayed, plain, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="recorded for shapes"):
+        captured(z[:3], window[:3], text)
+
+
+def test_solver_chord_loss_and_backward_never_sync(device):
+    if device.type != "cuda":
+        pytest.skip("the sync debug mode watches CUDA")
+    solver, network, draw = case(device)
+    table = ChordTable(DiscreteVP.from_config(BETAS), Windows.uniform(4), "ddim_eps", device=device)
+
+    def step(z, window, text, tau):
+        z_end = solver.solve(lambda a, b: network(a, b, text), z, window)
+        z_t, velocity, model_input = window_chord(z, z_end, tau, table.dt[window])
+        coefficients = table.velocity_coefficients(window, table.time(window, tau))
+        output = network(model_input, tau, text).requires_grad_()
+        aligned_v_loss(output, velocity, direction_weight=1.0, sample=z_t, sample_coef=coefficients[0], output_coef=coefficients[1]).loss.backward()
+
+    tau = torch.rand(6, device=device)
+    step(*draw(), tau)  # compiles the kernels
+    inputs = draw()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*inputs, tau)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
