@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # Set up and run the tests: at most 15 minutes on two cores. `--all` adds the long ones; other arguments go to pytest.
+# REFLOW_TEST_DEVICE=cuda runs the same tests on a GPU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+which=(-m "not slow")
 if [ "${1:-}" = "--all" ]; then
   shift
-  exec "$REFLOW_PYTHON" -m pytest "$@"
+  which=()
 fi
-exec "$REFLOW_PYTHON" -m pytest -m "not slow" "$@"
+# Two workers on two cores; a file stays with one worker, so what its tests share is made once.
+workers=()
+if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null && [ "${REFLOW_TEST_DEVICE:-cpu}" = cpu ]; then
+  workers=(-n 2 --dist loadfile)
+fi
+exec "$REFLOW_PYTHON" -m pytest "${which[@]}" "${workers[@]}" "$@"
