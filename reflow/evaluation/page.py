@@ -1,0 +1,282 @@
+"""report/index.html: one self-contained page, made from report.json and the report's pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reflow.evaluation import table
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c2430; --muted: #66707d; --line: #e3e7ec; --blue: #1f6fb4; --wash: #f6f8fa; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
+h2 { font-size: 20px; margin: 44px 0 10px; letter-spacing: -.005em; }
+p { margin: 8px 0; max-width: 75ch; }
+.sub, .note { color: var(--muted); }
+.note { font-size: 14px; max-width: 100ch; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px; margin: 26px 0 8px; }
+.tile { border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px 16px; }
+.tile .what { color: var(--muted); font-size: 13.5px; }
+.tile .number { font-size: 30px; font-weight: 650; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile .against { font-size: 14px; }
+.wide { overflow-x: auto; }
+img { max-width: 100%; height: auto; display: block; margin: 10px 0; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th { text-align: right; font-weight: 600; color: var(--muted); border-bottom: 1.5px solid var(--line);
+  padding: 6px 10px; white-space: nowrap; }
+td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:last-child, th:last-child { padding-right: 0; }
+tr.teacher td { color: var(--muted); }
+.pm { color: var(--muted); font-size: 12.5px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 22px; margin: 10px 0; font-size: 14.5px; }
+dt { color: var(--muted); }
+dd { margin: 0; overflow-wrap: anywhere; }
+code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { background: var(--wash); border-radius: 8px; padding: 14px 16px; overflow-x: auto; }
+details summary { cursor: pointer; color: var(--blue); }
+"""
+
+
+def write(report: Mapping[str, Any], folder: Path, recipe_text: str) -> Path:
+    """Write folder/index.html from the report and those of grid.png, quality.png and curves.png that lie there."""
+    path = folder / "index.html"
+    path.write_text(
+        render(report, {p.stem: p.read_bytes() for p in folder.glob("*.png")}, recipe_text), encoding="utf-8"
+    )
+    return path
+
+
+def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], recipe_text: str) -> str:
+    title = f"{report['recipe']}: few-step students against their teacher"
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(summary(report))}</p>', tiles(report)]
+    if "grid" in pictures:
+        parts += [
+            "<h2>Samples</h2>",
+            image(pictures["grid"], "Samples of every method in rows, the same noises and prompts in columns"),
+            '<p class="note">Each column starts from one noise and asks for one digit; nothing is selected.</p>',
+        ]
+    parts += ["<h2>All methods</h2>", methods_table(report), f'<p class="note">{escape(reading(report))}</p>']
+    parts += ["<h2>Differences</h2>", differences_table(report)]
+    if "quality" in pictures:
+        parts += [
+            "<h2>Quality against steps</h2>",
+            image(pictures["quality"], "Paired error and Fréchet distance against the number of steps"),
+        ]
+    parts += ["<h2>Straightness</h2>", straightness_table(report)]
+    if "curves" in pictures:
+        parts += [
+            "<h2>Training</h2>",
+            image(pictures["curves"], "Direction and magnitude part of the loss of every window, by stage"),
+            (
+                '<p class="note">The squared error of the velocity, mean over a batch, split into its magnitude part'
+                " (|v̂| − |v|)² / N and the rest, which is due to direction. Windows count from noise to data.</p>"
+            ),
+        ]
+    parts += [
+        "<h2>How it was measured</h2>",
+        measured(report),
+        f"<details><summary>The resolved recipe</summary><pre>{escape(recipe_text)}</pre></details>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport"'
+        ' content="width=device-width,'
+        f' initial-scale=1">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def escape(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def image(data: bytes, text: str) -> str:
+    return (
+        f'<div class="wide"><img alt="{escape(text)}"'
+        f' src="data:image/png;base64,{base64.b64encode(data).decode()}"></div>'
+    )
+
+
+def native(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Differences of the students that take one step a window, fewest steps last."""
+    return sorted((d for d in report["differences"] if d["steps"] == d["windows"]), key=lambda d: -d["steps"])
+
+
+def of(report: Mapping[str, Any], method: str, steps: int) -> Mapping[str, Any]:
+    return next(m for m in report["methods"] if m["method"] == method and m["steps"] == steps)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What came out, in a sentence that follows the intervals."""
+    groups: dict[str, list[str]] = {"closer to": [], "farther from": [], "neither closer to nor farther from": []}
+    for d in native(report):
+        difference = d["images"]
+        verdict = (
+            "neither closer to nor farther from"
+            if not difference["excludes_zero"]
+            else "closer to" if difference["mean"] < 0 else "farther from"
+        )
+        groups[verdict].append(str(d["steps"]))
+    sentences = [
+        f"With {listed(steps)} step{'s' if steps != ['1'] else ''} the student is {verdict} the teacher's"
+        f" {report['settings']['teacher_steps']} steps than the teacher's own DDIM with as many."
+        for verdict, steps in groups.items()
+        if steps
+    ]
+    return " ".join(sentences)
+
+
+def listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]
+
+
+def tiles(report: Mapping[str, Any]) -> str:
+    cells = []
+    for d in native(report):
+        student, own = of(report, d["method"], d["steps"]), of(report, "teacher", d["steps"])
+        cells.append(
+            f'<div class="tile"><div class="what">FD of the student, {d["steps"]}'
+            f' step{"s" if d["steps"] > 1 else ""}</div><div class="number">{student["frechet"]["mean"]:.2f}</div><div'
+            f' class="against">teacher\'s own {d["steps"]}: {own["frechet"]["mean"]:.2f}</div><div'
+            f' class="against">paired error {student["paired_images"]["mean"]:.3f}, not'
+            f' {own["paired_images"]["mean"]:.3f}</div></div>'
+        )
+    best = of(report, "teacher", report["settings"]["teacher_steps"])
+    cells.append(
+        f'<div class="tile"><div class="what">FD of the teacher, {best["steps"]} steps</div><div'
+        f' class="number">{best["frechet"]["mean"]:.2f}</div><div class="against">real against real:'
+        f' {report["floor"]["expected_at_samples"]:.2f}</div><div class="against">{best["milliseconds_per_image"]:.1f}'
+        " ms an image</div></div>"
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def cell(value: str) -> str:
+    """A number with its interval in a quieter hand."""
+    mean, plus, half = value.replace("-", "−").partition(" ± ")
+    return f'<td>{escape(mean)}{f" <span class=pm>± {escape(half)}</span>" if plus else ""}</td>'
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
+    for i, row in enumerate(rows):
+        mark = f' class="{classes[i]}"' if classes and classes[i] else ""
+        lines.append(f"<tr{mark}>" + f"<td>{escape(row[0])}</td>" + "".join(cell(c) for c in row[1:]) + "</tr>")
+    return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
+
+
+def methods_table(report: Mapping[str, Any]) -> str:
+    rows = table.rows(report["methods"], report["differences"])
+    return plain_table(table.HEAD, rows, ["teacher" if row[0] == "teacher" else "" for row in rows])
+
+
+def reading(report: Mapping[str, Any]) -> str:
+    """What the columns mean."""
+    settings, floor = report["settings"], report["floor"]
+    equal = (
+        "both sets equal in size"
+        if settings["samples"] == report["real_scans"]
+        else f"{settings['samples']} samples against all scans, so biased"
+    )
+    return (
+        "Paired error: root mean square pixel distance (pixels from -1 to 1) to the teacher's"
+        f" {settings['teacher_steps']} steps from the same noise and prompt, mean over samples. The next column is its"
+        " difference to the teacher's own DDIM with as many steps, sample by sample. FD: Fréchet distance to"
+        f" {report['real_scans']} real scans on {report['classifier']['features']} features of a classifier ({equal})."
+        f" Real against real is {floor['mean']:.2f} (spread {floor['sd']:.2f} over {floor['splits']} random splits) for"
+        f" disjoint sets of {floor['set_size']} scans with equal digits and {floor['smaller_mean']:.2f} for sets of"
+        f" {floor['smaller_set_size']}: this bias of finite sets falls as 1/size and is about"
+        f" {floor['expected_at_samples']:.2f} at the size compared here. The teacher was trained on these very scans,"
+        " so it may come closer to them than other scans would. Diversity: mean feature distance between two images of"
+        " one digit, relative to the scans (1: as diverse as they are). Digit read: how often the classifier reads the"
+        " digit asked for; no criterion, since it rises when images become more alike. ± is half a 95 % interval"
+        " (Student's t), over samples for the paired error and over sampling seeds for the other columns."
+    )
+
+
+def differences_table(report: Mapping[str, Any]) -> str:
+    reference = report["settings"]["teacher_steps"]
+    head = ("student less teacher", "steps", "paired error", "FD", f"FD less that of {reference} steps")
+    digits = {"images": 4, "frechet": 2, "frechet_to_reference": 2}
+    rows = [
+        (d["method"], str(d["steps"]), *(table.bracketed(d[key], n) for key, n in digits.items()))
+        for d in report["differences"]
+    ]
+    note = (
+        "Mean and 95 % interval of the student's value less that of the teacher's own DDIM with as many steps, and in"
+        f" the last column of its {reference} steps: over samples for paired errors, over sampling seeds for FD."
+        " Negative is better."
+    )
+    return plain_table(head, rows) + f'<p class="note">{escape(note)}</p>'
+
+
+def straightness_table(report: Mapping[str, Any]) -> str:
+    head = ("method", "windows", "steps", "whole path", "inside a window", "window by window, noise to data")
+    rows = [
+        (
+            s["method"],
+            str(s["windows"]),
+            str(s["steps"]),
+            table.with_interval(s["path"], 3),
+            table.with_interval(s["window_deviation_mean"], 4),
+            "  ".join(f"{w['mean']:.3f}" for w in s["window_deviation"]),
+        )
+        for s in report["straightness"]
+    ]
+    note = (
+        "Mean over steps and dimensions of (v − (noise − data))² along the sampled latent path, and the same inside"
+        " each window against that window's own chord; 0 is straight. Every network is sampled in at least 32 small"
+        " steps, so a student that was only taught its window starts shows that here."
+    )
+    return (
+        plain_table(head, rows, ["teacher" if row[0] == "teacher" else "" for row in rows])
+        + f'<p class="note">{escape(note)}</p>'
+    )
+
+
+def measured(report: Mapping[str, Any]) -> str:
+    machine, settings = report["machine"], report["settings"]
+    items = {
+        "Command": f"<code>{escape(report['command'])}</code>",
+        "Machine": escape(
+            ", ".join(
+                str(v)
+                for v in (
+                    machine.get("gpu"),
+                    machine["processor"],
+                    f"{machine['cores']} cores",
+                    f"{machine['memory_gib']} GiB",
+                    machine["system"],
+                )
+                if v
+            )
+        ),
+        "Versions": escape(", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+        "Seeds": escape(
+            f"training {report['training_seed']}; sampling {', '.join(map(str, report['sampling_seeds']))}"
+        ),
+        "Samples": escape(
+            f"{settings['samples']} a method and sampling seed; the digits asked for are those of the scans compared"
+            " with"
+        ),
+        "Classifier": escape(
+            f"reads {100 * report['classifier']['held_out_accuracy']:.1f} % of the scans it was not trained on"
+        ),
+        "Time an image": escape(
+            f"batch {report['timing']['batch']} on {report['timing']['device']}, {report['timing']['threads']} thread,"
+            " the methods in turns, median, with decoding and without text encoding"
+        ),
+        "Time taken": escape(", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())),
+        "Weights": "<br>".join(
+            f"{escape(stage)} <code>{escape(digest[:16])}</code>" for stage, digest in report["weights"].items()
+        ),
+    }
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in items.items()) + "</dl>"

@@ -1,0 +1,74 @@
+"""A run's report folder: report.json, the pictures and the page; an evaluation that fails leaves the old ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflow import config
+from reflow.errors import UserError
+from reflow.evaluation import machine, page, pictures
+from reflow.evaluation.runs import Run
+from reflow.evaluation.suite import Settings, Suite
+from reflow.models import registry
+
+FORMAT = 1  # of report.json; raise it when its keys change
+
+
+def existing(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
+    """The report that is already there, if it measures these very weights with these settings."""
+    try:
+        found = json.loads((folder / "report.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    wanted = {
+        "format": FORMAT,
+        "weights": {f"stage-{s.stage}": s.digest() for s in run.students},
+        "settings": asdict(settings),
+    }
+    complete = (folder / "index.html").is_file() and all(found.get(key) == value for key, value in wanted.items())
+    return found if complete else None
+
+
+def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite:
+    """A run's base, ready to evaluate it and others of the same base. UserError for a family other than digits."""
+    if run.recipe.model.family != "digits":
+        raise UserError(
+            f"{run.folder} trained the family '{run.recipe.model.family}'; `reflow evaluate` measures the digits model"
+            " only, since its measures are features of the digits."
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device} needs a GPU that PyTorch can use, and there is none; write cpu or leave it out."
+        )
+    base = registry.family("digits").load(run.recipe.model.base, device=device)
+    return Suite(base, settings, guidance_scale=run.recipe.teacher.guidance_scale)
+
+
+def make(
+    run: Run, folder: Path, settings: Settings, *, command: str, device: str | None = None, suite: Suite | None = None
+) -> dict[str, Any]:
+    """Evaluate the run; write report.json, grid.png, quality.png, curves.png and index.html. Returns the report."""
+    suite = suite or make_suite(run, settings, device)
+    report = {"format": FORMAT, "command": command, **suite.evaluate(run), **machine.describe()}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.sample_grid(suite.pictures, suite.labels).save(folder / "grid.png", optimize=True)
+    pictures.quality(report, folder / "quality.png")
+    pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], folder / "curves.png")
+    write_json(report, folder / "report.json")
+    page.write(report, folder, config.dump(run.recipe))
+    return report
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,96 @@
+"""What a run directory offers to evaluation: its recipe, the students of its finished stages, its log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflow import config
+from reflow.config import Recipe
+from reflow.errors import UserError
+from reflow.flow import Windows
+from reflow.models.family import Base
+from reflow.states import read_state
+
+
+@dataclass(frozen=True)
+class Student:
+    """The EMA student that a finished stage left: its windows, and how its output is read inside them."""
+
+    stage: int
+    windows: Windows
+    path: Path
+    prediction_type: str
+    network_time: str
+
+    @property
+    def label(self) -> str:
+        count = len(self.windows)
+        return f"student, {count} window{'s' if count > 1 else ''}"
+
+    def digest(self) -> str:
+        """sha256 of the weights file."""
+        with open(self.path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+
+    def network(self, base: Base, device: torch.device) -> torch.nn.Module:
+        """A UNet of the base's architecture with the student's weights, fp32, frozen. UserError if they do not fit."""
+        unet = type(base.unet).from_config(base.unet.config)
+        try:
+            unet.load_state_dict(read_state(self.path))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.path} cannot be read as weights of the base's UNet ({reason}). Remove that file; the training "
+                "command makes it again."
+            ) from error
+        return unet.to(device, torch.float32).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    recipe: Recipe
+    students: tuple[Student, ...]
+
+    def log(self, event: str) -> list[dict[str, Any]]:
+        """The records of one kind in log.jsonl; a line that a killed run left half written is skipped."""
+        path, records = self.folder / "log.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record.get("event") == event:
+                records.append(record)
+        return records
+
+
+def open_run(folder: str | Path) -> Run:
+    """Read a run directory. Raises UserError where it is none, or where no stage is finished."""
+    folder = Path(folder)
+    recipe_file = folder / "recipe.toml"
+    if not recipe_file.is_file():
+        raise UserError(
+            f"--run-dir {folder} holds no run of reflow (there is no {recipe_file.name} in it); give the folder that "
+            "training wrote."
+        )
+    recipe = config.load(str(recipe_file))
+    students = tuple(
+        Student(i, Windows(stage.edges), path, recipe.student.prediction_type, recipe.student.network_time)
+        for i, stage in enumerate(recipe.stages)
+        if (path := folder / f"stage-{i}" / "unet_ema.safetensors").is_file()
+    )
+    if not students:
+        raise UserError(
+            f"--run-dir {folder} has no finished stage yet (there is no stage-0/unet_ema.safetensors); run the "
+            "training command until the first stage is done, then evaluate again."
+        )
+    return Run(folder, recipe, students)
