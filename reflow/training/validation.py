@@ -9,14 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, PngImagePlugin
-from reflow_kernels import cfg_combine
 
 from reflow.config import Recipe
 from reflow.data import sampler
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP, Windows, WindowSolver, network_time
-from reflow.models.family import Base, Conditioning, denoise
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.flow import DiscreteVP, WindowSolver, network_time
+from reflow.models.family import Base, denoise
+from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.training import targets
 from reflow.training.solves import Solver
 from reflow.training.stages import StageFlow
@@ -44,35 +43,20 @@ class Validation:
         self.noise = noise.to(self.device)
         self.rows: list[tuple[str, torch.Tensor]] = []
 
-    def model(self, unet: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """unet as a function of (sample, timestep), guided by validate.guidance_scale; at 1 no unconditional half is computed."""
-        scale, conditioning = self.recipe.validate_.guidance_scale, self.conditioning
-        if scale == 1.0:
-            return lambda z, t: denoise(unet, z, t, conditioning)
-        null = self.solver.data.null.select(torch.zeros(len(conditioning), dtype=torch.long)).to(self.device, torch.float32)
-        both: Conditioning = null.cat(conditioning)
-        return lambda z, t: cfg_combine(denoise(unet, torch.cat([z, z]), torch.cat([t, t]), both), scale)
+    def student_samples(self, unet: torch.nn.Module, steps: int, guidance_scale: float) -> Samples:
+        """The fixed prompts by the scheduler that is exported with the student."""
+        student = self.recipe.student
+        return sample(self.base, unet, self.conditioning, steps, range(len(self.noise)), windows=self.flow.windows,
+                      prediction_type=student.prediction_type, network_time=student.network_time, guidance_scale=guidance_scale,
+                      null=self.solver.data.null, noise=self.noise)
 
     @torch.no_grad()
-    def student_latents(self, unet: torch.nn.Module, steps: int, windows: Windows | None = None) -> torch.Tensor:
-        """Latents of the fixed prompts by the scheduler that is exported with the student."""
-        config = {k: v for k, v in self.base.scheduler_config.items() if not k.startswith("_")}
-        scheduler = PiecewiseFlowScheduler.from_config(
-            config, window_boundaries=(windows or self.flow.windows).boundaries, prediction_type=self.recipe.student.prediction_type,
-            network_time=self.recipe.student.network_time)
-        scheduler.set_timesteps(steps)
-        z, model = self.noise, self.model(unet)
-        for t in scheduler.timesteps:
-            z = scheduler.step(model(z, t.to(self.device, torch.float32).expand(len(z))), t, z).prev_sample
-        return z
-
-    @torch.no_grad()
-    def teacher_latents(self, unet: torch.nn.Module, windows: Windows, steps: int) -> torch.Tensor:
-        """Latents of the fixed prompts by the base's own DDIM: `steps` in each of the windows."""
-        solver = WindowSolver(self.schedule, windows, steps, prediction_type=self.base.prediction_type, device=self.device)
-        z, model = self.noise, self.model(unet)
+    def own_ddim(self, unet: torch.nn.Module) -> torch.Tensor:
+        """Latents of the fixed prompts by the network's own DDIM, unguided: one step a window."""
+        windows, z = self.flow.windows, self.noise
+        solver = WindowSolver(self.schedule, windows, 1, prediction_type=self.base.prediction_type, device=self.device)
         for k in range(len(windows)):
-            z = solver.solve(model, z, torch.full((len(z),), k, device=self.device))
+            z = solver.solve(lambda x, t: denoise(unet, x, t, self.conditioning), z, torch.full((len(z),), k, device=self.device))
         return z
 
     def check_start(self, student: torch.nn.Module, total: int) -> None:
@@ -83,8 +67,8 @@ class Validation:
         steps, kind = len(self.flow.windows), self.recipe.student.prediction_type
         if dist.get_rank() == 0:
             start = self.base.unet if self.flow.index == 0 and not self.recipe.model.student_weights else student
-            own = self.teacher_latents(start, self.flow.windows, 1)
-            off = float((self.student_latents(student, steps) - own).norm() / own.norm())
+            own = self.own_ddim(start)
+            off = float((self.student_samples(student, steps, 1.0).latents - own).norm() / own.norm())
             self.log.write("start", total, {"stage": self.flow.index, "steps": steps, "distance_to_own_ddim": off})
             exact = kind.startswith("ddim") and self.recipe.student.network_time == "index"
             if not exact:
@@ -127,21 +111,23 @@ class Validation:
     def run(self, averages: dict[str, torch.Tensor], total: int, network: Callable[[None], torch.nn.Module]) -> None:
         """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher."""
         if dist.get_rank() == 0:
-            unet = network(None).eval()
+            unet, guidance = network(None).eval(), self.recipe.validate_.guidance_scale
             unet.load_state_dict(averages, strict=False)
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
             if not self.rows:
                 steps = self.recipe.validate_.teacher_steps
-                self.rows.append((f"teacher {steps}", self.base.decode(self.teacher_latents(self.base.unet, Windows((1.0, 0.0)), steps))))
+                teacher = sample_teacher(self.base, self.base.unet, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
+                                         null=self.solver.data.null, noise=self.noise)
+                self.rows.append((f"teacher {steps}", teacher.images))
             rows = list(self.rows)
             for steps in sorted(self.recipe.validate_.steps):
                 if steps >= len(self.flow.windows):
-                    rows.append((f"student {steps}", self.base.decode(self.student_latents(unet, steps))))
+                    rows.append((f"student {steps}", self.student_samples(unet, steps, guidance).images))
             picture = labelled_grid(rows)
             self.folder.mkdir(parents=True, exist_ok=True)
             notes = PngImagePlugin.PngInfo()
             notes.add_text("reflow", f"{self.recipe.name}, stage {self.flow.index + 1}, {total} samples, EMA weights, "
-                                     f"guidance {self.recipe.validate_.guidance_scale:g}, seed {self.recipe.train.seed}")
+                                     f"guidance {guidance:g}, seed {self.recipe.train.seed}")
             Image.fromarray(picture).save(self.folder / f"{total:09d}.png", pnginfo=notes)
             self.log.image("validation", picture, total)
         dist.barrier()
