@@ -1,18 +1,22 @@
-"""`reflow prepare | train | sample | evaluate | export | merge | experiment | env`: arguments in, one clear sentence out when they are wrong."""
+"""The command line: arguments in, one clear sentence out when they are wrong.
+
+Nothing heavy is imported here, so that help is quick; a command's module is imported only when it is asked for.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
-import pathlib
 import sys
 import time
 
+import reflow
 from reflow.errors import UserError
 from reflow.quiet import quiet_libraries
 
-# Each command's module has `arguments(parser)` and `run(args) -> exit code`; it is imported only when asked for.
+# Each command's module has `arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
     "train": ("reflow.commands.train", "train a recipe; the same command resumes"),
     "sample": ("reflow.commands.sample", "make images from prompts"),
@@ -22,18 +26,30 @@ COMMANDS = {
     "experiment": ("reflow.commands.experiment", "reproduce a figure or table"),
     "env": ("reflow.commands.env", "say what this machine has and which backends would be used"),
 }
+START = """
+A first run, on real handwritten digits (minutes on a CPU):
+  reflow train --recipe digits-quick --run-dir runs/first
+  reflow sample --run-dir runs/first --prompt "a handwritten seven"
+  reflow evaluate --run-dir runs/first
+  reflow export --run-dir runs/first --out first-student
+
+`reflow COMMAND --help` tells a command's options.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of the `reflow` command and of scripts/train.py. Ends the process."""
     quiet_libraries()
-    parser = argparse.ArgumentParser(prog="reflow", description="Turn diffusion models into 4-, 2- and 1-step models by progressive reflow.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     argv = sys.argv[1:] if argv is None else argv
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if argv[:1] == [name]:
-            importlib.import_module(module).arguments(command)
+    asked = command_of(argv)
+    parser = build_parser(asked)
+    if asked is not None and asked not in COMMANDS:
+        near = difflib.get_close_matches(asked, COMMANDS, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        leave(fail(f"There is no command '{asked}'{hint}; the commands are: {', '.join(COMMANDS)}."))
+    if not argv:
+        parser.print_help(sys.stderr)
+        leave(UserError.exit_code)
     args = parser.parse_args(argv)
     try:
         code = importlib.import_module(COMMANDS[args.command][0]).run(args)
@@ -42,6 +58,30 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     leave(code)
+
+
+def command_of(argv: list[str]) -> str | None:
+    """The command that these arguments name; None where they only ask for help."""
+    return next((word for word in argv if not word.startswith("-")), None)
+
+
+def build_parser(asked: str | None) -> argparse.ArgumentParser:
+    """The parser; of the commands only the one that is asked for brings its options."""
+    parser = argparse.ArgumentParser(
+        prog="reflow",
+        usage="reflow [-h] [--version] COMMAND [OPTION ...]",
+        description="Turn diffusion models into 4-, 2- and 1-step models by progressive reflow.",
+        epilog=START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"reflow {reflow.__version__}")
+    # The long metavar widens the column of the names.
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND, one of", prog="reflow")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name == asked:
+            importlib.import_module(module).arguments(command)
+    return parser
 
 
 def fail(sentence: str) -> int:
@@ -58,14 +98,6 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def new_folder(path: str, what: str) -> pathlib.Path:
-    """A folder that does not exist yet or is empty. Raises UserError, so nothing is overwritten."""
-    folder = pathlib.Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{what} {folder} exists already; give a new name or remove it first.")
-    return folder
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ import logging
 import os
 import warnings
 
-LIBRARIES = ("accelerate", "bitsandbytes", "deepspeed", "diffusers", "huggingface_hub", "peft", "tensorboard", "torch")
-LIBRARIES += ("transformers", "xformers")
-LOGGERS = (
+LIBRARIES = (
+    "accelerate",
     "bitsandbytes",
+    "deepspeed",
     "diffusers",
-    "torch.distributed",
-    "torch.utils.cpp_extension",
-    "torch.utils.flop_counter",
+    "huggingface_hub",
+    "peft",
+    "tensorboard",
+    "torch",
     "transformers",
     "xformers",
 )
+# diffusers and transformers take their level from the environment.
+LOGGERS = ("bitsandbytes", "torch.distributed", "torch.utils.cpp_extension", "torch.utils.flop_counter", "xformers")
 
 
 def quiet_libraries() -> None:

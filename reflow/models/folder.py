@@ -100,8 +100,8 @@ def find_folder(path: str | Path) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"There is no folder {path} here, and no hub repository of that name could be downloaded "
-            f"({textwrap.shorten(reason, 160, placeholder=' ...')}). Write the path of a diffusers folder, or look at the "
-            "connection."
+            f"({textwrap.shorten(reason, 160, placeholder=' ...')}). Write the path of a diffusers folder, or look at "
+            "the connection."
         ) from error
 
 

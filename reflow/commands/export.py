@@ -1,0 +1,128 @@
+"""`reflow export`: a run's student as a diffusers folder, a single file or delta weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
+from reflow.config import Recipe
+from reflow.errors import UserError
+
+SUFFIX = ".safetensors"
+DIGITS_DATA = (
+    "The 1,797 scans of handwritten digits that scikit-learn ships (UCI, Optical Recognition of Handwritten Digits)."
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", required=True, metavar="DIR", help="the folder that training wrote")
+    parser.add_argument("--out", required=True, metavar="PATH", help=f"new folder, or new {SUFFIX} file")
+    parser.add_argument("--stage", type=positive, help="whose student, from 1 (default: the last finished stage)")
+    parser.add_argument(
+        "--format",
+        choices=["diffusers", "single-file", "delta"],
+        default="diffusers",
+        help="a folder that diffusers loads (default), one file with the original checkpoint's names, or the "
+        "difference to the base, for `reflow merge`",
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp16", "bf16", "fp32"], help="of the written weights (default: fp16; for a delta fp32)"
+    )
+    parser.add_argument(
+        "--steps", type=positive, help="steps that a folder is meant to be sampled with (default: one a window)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from reflow.states import read_state, refuse_existing
+
+    folder, recipe = open_run(args.run_dir)
+    weights = student_file(folder, recipe, args.stage)
+    if (pathlib.Path(args.out).suffix == SUFFIX) == (args.format == "diffusers"):
+        wanted = "a folder" if args.format == "diffusers" else f"a file that ends in {SUFFIX}"
+        raise UserError(
+            f"--format {args.format} writes {wanted}, so --out {args.out} does not fit; change one of them."
+        )
+    refuse_existing(pathlib.Path(args.out))
+
+    from reflow.delta import student_metadata, write_delta
+    from reflow.export import export_folder, export_single_file
+    from reflow.models import family
+
+    settings, stage = reading_of(weights, recipe), stage_of(weights)
+    says = student_metadata(
+        **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base
+    )
+    base = family(recipe.model.family).load(recipe.model.base, parts=())
+    count = len(settings["windows"])
+    which = f"stage {stage} of {len(recipe.stages)}, {count} window{'s' * (count != 1)}"
+    if args.format == "delta":
+        path = write_delta(base.path, weights, args.out, dtype=args.dtype or "fp32", metadata=says)
+        print(f"Delta weights of {recipe.name} ({which}) against {recipe.model.base}: {path}")
+        return 0
+    if args.format == "single-file":
+        path = export_single_file(base.path, weights, args.out, dtype=args.dtype or "fp16", metadata=says)
+        print(f"Single file of {recipe.name} ({which}): {path}")
+        return 0
+    card = card_of(folder, recipe, weights)
+    done = export_folder(
+        base.path, read_state(weights), args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card
+    )
+    print(f"diffusers folder of {recipe.name} ({which}): {done.path}")
+    print(scheduler_line(done))
+    return 0
+
+
+def scheduler_line(done: Any) -> str:
+    """Which scheduler an exported folder carries, and why."""
+    if done.stock:
+        return f"scheduler: DDIMScheduler, so it needs no package of ours. {done.reason}"
+    return f"scheduler: PiecewiseFlowScheduler, so `import reflow.sampling` before loading it. {done.reason}"
+
+
+def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict[str, Any]:
+    """What README.md of an export says of this student, for :func:`reflow.model_card.model_card`.
+
+    Its evaluation is that of <run>/report/report.json, if that measured these very weights.
+    """
+    import reflow
+    from reflow.config import dump
+
+    stage = stage_of(weights)
+    builtin = recipe.model.base == "builtin"
+    card: dict[str, Any] = {
+        "title": f"{recipe.name}, {len(recipe.stages[stage - 1].edges) - 1}-step student",
+        "base": f"the {recipe.model.family} model of reflow" if builtin else recipe.model.base,
+        "recipe": f"Stage {stage} of {len(recipe.stages)}, by reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
+        "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {recipe.data.path}",
+        "guidance": {
+            "guidance_scale": recipe.validate_.guidance_scale,
+            "guidance_scale of the teacher in training": recipe.teacher.guidance_scale,
+        },
+    }
+    if builtin:
+        card["license"] = "apache-2.0"
+    evaluation = evaluation_rows(folder / "report" / "report.json", weights)
+    if evaluation:
+        card["evaluation"] = evaluation
+    return card
+
+
+def evaluation_rows(report_file: pathlib.Path, weights: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of the report for these weights and for the teacher; [] without a report of these very weights."""
+    try:
+        report = json.loads(report_file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return []
+    with open(weights, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if report.get("weights", {}).get(weights.parent.name) != digest:
+        return []
+    from reflow.evaluation.table import HEAD, rows
+
+    methods = [m for m in report["methods"] if m["stage"] in (None, stage_of(weights) - 1)]
+    return [dict(zip(HEAD, cells, strict=True)) for cells in rows(methods, report["differences"])]

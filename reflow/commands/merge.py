@@ -1,0 +1,82 @@
+"""`reflow merge`: base or custom fine-tune + delta weights = an accelerated custom model."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from reflow.commands.common import positive
+from reflow.errors import UserError
+
+PUBLISHED = (
+    "published PeRFlow: --windows 4 --network-time perflow --prediction-type diff_eps for SD1.5, ddim_eps for SDXL"
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="DIR",
+        help="diffusers folder or hub name of the base or of a custom fine-tune, or 'builtin' (the digits base)",
+    )
+    parser.add_argument(
+        "--delta", required=True, metavar="FILE", help="delta weights of `reflow export`, or published PeRFlow ones"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new diffusers folder")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the delta (default: 1)")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="leave weights of this name as they are if they do not fit, such as 'conv_in.*'; may be repeated",
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the written weights (default: fp16)"
+    )
+    parser.add_argument("--steps", type=positive, help="steps it is meant to be sampled with (default: one a window)")
+    says = parser.add_argument_group("for a delta that does not say how its student is sampled", PUBLISHED)
+    says.add_argument("--windows", type=positive, help="its number of windows")
+    says.add_argument("--prediction-type", choices=["ddim_eps", "ddim_v", "diff_eps", "velocity"])
+    says.add_argument("--network-time", choices=["index", "perflow"])
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from reflow import delta
+    from reflow.commands.export import scheduler_line
+    from reflow.states import cast, read_state, refuse_existing
+
+    refuse_existing(pathlib.Path(args.out))
+    if not pathlib.Path(args.delta).exists():
+        raise UserError(f"There is no file {args.delta}; give the --delta that `reflow export --format delta` wrote.")
+    settings = delta.student_settings(args.delta)
+    given = {"windows": args.windows, "prediction_type": args.prediction_type, "network_time": args.network_time}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    if "windows" not in settings or "prediction_type" not in settings:
+        raise UserError(
+            f"{args.delta} does not say which windows and parameterisation its student has; add --windows and "
+            f"--prediction-type ({PUBLISHED})."
+        )
+
+    from reflow.export import export_folder
+    from reflow.models import family_of
+
+    _, folder = family_of(args.base)
+    # In fp32, so that the sum is rounded once, to the dtype that is written.
+    custom = cast(read_state(folder), torch.float32)
+    merged, report = delta.merge(custom, args.delta, args.scale, allow=tuple(args.allow))
+    done = export_folder(folder, merged, args.out, **settings, steps=args.steps, dtype=args.dtype, card=card_of(args))
+    print(report)
+    print(f"diffusers folder: {done.path}")
+    print(scheduler_line(done))
+    return 0
+
+
+def card_of(args: argparse.Namespace) -> dict[str, str]:
+    """What README.md of the merged folder says of its making."""
+    base = "the digits model of reflow" if args.base == "builtin" else args.base
+    delta = pathlib.Path(args.delta).name
+    return {"base": base, "merged": f"The weights of {base} plus {args.scale:g} times the delta weights {delta}."}

@@ -1,0 +1,186 @@
+"""`reflow sample`: images from prompts, with a run's student, an exported folder or a base."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from reflow.commands.common import free_name, open_run, positive, reading_of, stage_of, student_file
+from reflow.errors import UserError
+
+TEACHER_STEPS = 32
+SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run-dir", metavar="DIR", help="a training run: its last finished student")
+    source.add_argument("--model", metavar="DIR", help="a diffusers folder or hub name, or 'builtin' (the digits base)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stage", type=positive, help="with --run-dir: the student of this stage, from 1")
+    which.add_argument(
+        "--teacher", action="store_true", help="with --run-dir: the base that was trained from, not a student"
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line; '-' reads standard input")
+    parser.add_argument("--count", type=positive, default=1, help="images of each prompt (default: 1)")
+    parser.add_argument(
+        "--steps", type=positive, help=f"default: one for each window of a student, {TEACHER_STEPS} for a base"
+    )
+    parser.add_argument(
+        "--guidance", default="1", metavar="SCALE", help="one scale, or one for each step as 7.5,4,4 (default: 1, none)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count on (default: 0)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images drawn at once (default: 16)")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 on a GPU")
+    parser.add_argument(
+        "--out", metavar="DIR", help="new folder for the images and grid.png (default: samples, samples-2, ...)"
+    )
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of --prompt, then of --prompts (a file or standard input); blank lines are passed over."""
+    lines = list(args.prompt)
+    if args.prompts == "-":
+        if sys.stdin.isatty():
+            print("Reading one prompt a line from standard input, up to Ctrl-D.", file=sys.stderr)
+        lines += sys.stdin.read().splitlines()
+    elif args.prompts:
+        try:
+            lines += pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompts {args.prompts} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}); "
+                "give a text file with one prompt a line, or '-' for standard input."
+            ) from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError("There is no prompt; give --prompt TEXT, or --prompts with a file or '-' for standard input.")
+    return lines
+
+
+@dataclass
+class Source:
+    """What to sample: the base's folder and family, a student's weights (None: those in the folder), a student's
+    windows and reading ({} for a base), and a name for the images' metadata.
+    """
+
+    family: Any
+    folder: pathlib.Path | str
+    weights: pathlib.Path | None
+    settings: dict[str, Any]
+    name: str
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """Raises UserError for a run or folder that has nothing to sample."""
+    if args.run_dir:
+        folder, recipe = open_run(args.run_dir)
+        weights = None if args.teacher else student_file(folder, recipe, args.stage)
+    elif args.stage or args.teacher:
+        raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
+
+    from reflow.delta import student_settings
+    from reflow.models import family, family_of
+    from reflow.states import weight_files
+
+    if args.run_dir:
+        base = family(recipe.model.family), recipe.model.base
+        if weights is None:
+            return Source(*base, None, {}, f"base of {recipe.name}")
+        return Source(*base, weights, reading_of(weights, recipe), f"{recipe.name}, stage {stage_of(weights)}")
+    found, folder = family_of(args.model)
+    files = weight_files(folder / "unet")
+    return Source(found, folder, None, student_settings(files[0]) if files else {}, args.model)
+
+
+def student_scheduler(source: Source, config: Any, steps: int | None) -> tuple[Any, int]:
+    """(the student's scheduler or None for a base, steps). Raises UserError for fewer steps than windows."""
+    from reflow.sampling import PiecewiseFlowScheduler
+
+    if source.settings:
+        scheduler = PiecewiseFlowScheduler.for_student(config, **source.settings)
+    elif config.get("_class_name") in SCHEDULERS:
+        scheduler = PiecewiseFlowScheduler.from_config(config)
+    else:
+        return None, steps or TEACHER_STEPS
+    count = len(scheduler.windows)
+    if steps is not None and steps < count:
+        raise UserError(
+            f"--steps {steps} is fewer than the student's {count} windows, and every window needs a step; write "
+            f"--steps {count} or more, or sample a stage with fewer windows."
+        )
+    scheduler.set_timesteps(steps or count)
+    return scheduler, steps or count
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.count)]
+    if not 0 <= args.seed < 2**63 - len(prompts):
+        raise UserError(f"--seed {args.seed} is out of range; write a number from 0 to 2^63.")
+    # Everything that can be wrong is found before weights are read.
+    source = find_source(args)
+
+    import torch
+    from tqdm import tqdm
+
+    from reflow.quiet import quiet_imports
+    from reflow.states import dtype_of, read_state, refuse_existing
+
+    out = pathlib.Path(args.out) if args.out else free_name("samples")
+    refuse_existing(out)
+    quiet_imports()
+    from reflow.sampling import guidance_scales, sample, sample_teacher
+    from reflow.sampling.pictures import grid, to_pil, write_png
+
+    config = source.family.load(source.folder, parts=()).scheduler_config
+    scheduler, steps = student_scheduler(source, config, args.steps)
+    scales = guidance_scales(args.guidance, steps)
+    if scheduler is None and len(set(scales)) > 1:
+        raise UserError(f"--guidance {args.guidance}: a base is guided by one scale at all steps; write one number.")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
+    if source.weights is not None:
+        try:
+            base.unet.load_state_dict(read_state(source.weights))
+        except RuntimeError as error:
+            raise UserError(
+                f"{source.weights} does not fit the UNet of {source.folder} ({str(error).splitlines()[-1].strip()}); "
+                "the run was trained from another base."
+            ) from error
+
+    note = {"model": source.name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
+    note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    few = len(prompts) <= args.batch_size
+    # In a log file a line now and then, as in training.
+    interval = 0.5 if sys.stderr.isatty() else 20.0
+    with tqdm(total=len(prompts), unit=" images", disable=few, dynamic_ncols=True, mininterval=interval) as bar:
+        for first in range(0, len(prompts), args.batch_size):
+            some = prompts[first : first + args.batch_size]
+            seeds = range(args.seed + first, args.seed + first + len(some))
+            if scheduler is not None:
+                drawn = sample(base, base.unet, some, steps, seeds, scheduler=scheduler, guidance_scale=scales)
+            else:
+                drawn = sample_teacher(base, base.unet, some, steps, seeds, guidance_scale=scales[0])
+            if not torch.isfinite(drawn.latents).all():
+                hint = "try --dtype fp32" if dtype != "fp32" else "its weights are damaged, or its scheduler is wrong"
+                raise UserError(f"{source.name} gives values that are not finite at {steps} steps in {dtype}; {hint}.")
+            for prompt, seed, image in zip(some, seeds, drawn.images, strict=True):
+                picture = to_pil(image)
+                write_png(picture, out / f"{len(pictures):05d}.png", {"prompt": prompt, "seed": seed, **note})
+                pictures.append(picture)
+            bar.update(len(some))
+    how = f"{steps} step{'s' * (steps != 1)} by {source.name}"
+    if len(pictures) == 1:
+        print(f"1 image, {how}: {out / '00000.png'}")
+        return 0
+    write_png(grid(pictures, args.count if args.count > 1 else None), out / "grid.png", note)
+    print(f"{len(pictures)} images, {how}: {out}, together in {out / 'grid.png'}")
+    return 0
