@@ -9,6 +9,7 @@ import sys
 # command -> (module, what it does); modules are imported only when their command runs.
 COMMANDS = {
     "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),
+    "report": ("bench.report", "write the README's blocks of numbers from bench/results/"),
 }
 
 
