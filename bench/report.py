@@ -44,6 +44,12 @@ def plus_minus(value: dict[str, Any] | None, digits: int) -> str:
     return f"{value['mean']:.{digits}f}{half}"
 
 
+def worse(differences: list[dict[str, Any]]) -> str:
+    """A sentence that names the students that are further from the teacher than its own DDIM of as many steps; nothing if there is none."""
+    rows = [f"{d['method']} at {d['steps']} steps" for d in differences if d["images"]["mean"] > 0]
+    return f" Further from the teacher than its own DDIM of as many steps: {'; '.join(rows)}." if rows else ""
+
+
 def digits(result: dict[str, Any]) -> str:
     """The full run on digits as a markdown table, with the conditions under it."""
     lines = ["| digits | steps | paired error | Fréchet distance | ms an image |", "|---|---|---|---|---|"]
@@ -57,5 +63,5 @@ def digits(result: dict[str, Any]) -> str:
               f"± is half a 95 % interval: over {seeds} training seeds for students, over {result['sampling_seeds'] if isinstance(result['sampling_seeds'], int) else len(result['sampling_seeds'])} sampling seeds for the teacher. "
               f"`{result['command']}`, {sum(result['training_seconds']) / 60:.0f} minutes of training for the {seeds} seeds on a shared machine: {machine['processor']}, "
               f"{machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Times are one thread's, "
-              f"batch {result['timing']['batch']}. The 2-window student's row at 8 steps is worse than the teacher's own 8 steps: ask a student for its own number of steps."]
+              f"batch {result['timing']['batch']}." + worse(result["differences"])]
     return "\n".join(lines)
