@@ -106,23 +106,28 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
     }
     if builtin:
         card["license"] = "apache-2.0"
-    evaluation = evaluation_rows(folder / "report" / "report.json", weights)
-    if evaluation:
-        card["evaluation"] = evaluation
-    return card
+    return card | evaluation_of(folder / "report" / "report.json", weights)
 
 
-def evaluation_rows(report_file: pathlib.Path, weights: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of the report for these weights and for the teacher; [] without a report of these very weights."""
+def evaluation_of(report_file: pathlib.Path, weights: pathlib.Path) -> dict[str, Any]:
+    """The report's rows for these weights and for the teacher; {} without a report of these very weights."""
     try:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        return []
+        return {}
     with open(weights, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if report.get("weights", {}).get(weights.parent.name) != digest:
-        return []
+        return {}
     from reflow.evaluation.table import HEAD, rows
 
     methods = [m for m in report["methods"] if m["stage"] in (None, stage_of(weights) - 1)]
-    return [dict(zip(HEAD, cells, strict=True)) for cells in rows(methods, report["differences"])]
+    settings = report["settings"]
+    return {
+        "evaluation": [dict(zip(HEAD, cells, strict=True)) for cells in rows(methods, report["differences"])],
+        "measures": (
+            f"Paired error: RMS pixel distance (pixels -1 to 1) to the teacher's {settings['teacher_steps']} steps from "
+            f"the same noise. FD: Fréchet distance to {report['real_scans']} real scans by a classifier's features. "
+            f"{settings['samples']} samples with each of {settings['seeds']} sampling seeds; ± is half a 95 % interval."
+        ),
+    }

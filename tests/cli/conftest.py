@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "training"))
+for room in ("training", "helpers"):
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / room))
 
 import tiny
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -104,6 +105,28 @@ def test_the_base_takes_32_steps_by_both_of_its_names(reflow, run_dir, here):
         assert reflow("sample", *in_fp32(*place, "--prompt", SEVEN)) == 0
     for out in ("samples", "samples-2"):
         assert same(f"{out}/00000.png", wanted) and read_note(f"{out}/00000.png")["windows"] is None
+
+
+def test_any_folder_of_stable_diffusion_and_published_perflow_ones(reflow, here, capsys):
+    tiny_pipelines.sd15("v_prediction").save_pretrained("sd15")
+    tiny_pipelines.sdxl().save_pretrained("perflow")
+    config = json.loads((here / "perflow/scheduler/scheduler_config.json").read_text())
+    config |= {"_class_name": "PeRFlowScheduler", "num_time_windows": 4, "prediction_type": "ddim_eps"}
+    (here / "perflow/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert reflow("sample", *in_fp32("--model", "sd15", "--prompt", "abc", "--steps", 3, "--guidance", 2)) == 0
+    assert reflow("sample", *in_fp32("--model", "perflow", "--prompt", "abc", "--prompt", "b")) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("1 image, 3 steps by sd15") and said[1].startswith("2 images, 4 steps by perflow")
+    base = family("sd15").load("sd15")
+    wanted = sample_teacher(base, base.unet, ["abc"], 3, [0], guidance_scale=2.0).images[0]
+    assert pixels("samples/00000.png").shape == (64, 64, 3) and same("samples/00000.png", wanted)
+    base = family("sdxl").load("perflow")
+    reading = dict(windows=4, prediction_type="ddim_eps", network_time="perflow")
+    wanted = sample(base, base.unet, ["abc", "b"], 4, [0, 1], **reading).images
+    assert all(same(f"samples-2/{i:05d}.png", wanted[i]) for i in (0, 1))
+    with pytest.raises(UserError, match="fewer than the student's 4 windows"):
+        reflow("sample", "--model", "perflow", "--prompt", "abc", "--steps", 2)
 
 
 def test_an_earlier_stage_by_number(reflow, run_dir, here):
@@ -221,7 +244,9 @@ def report_of(run_dir, weights_digest):
         {"method": "student, 2 windows", "stage": 1, "windows": 2, "steps": 2, "paired_images": interval, **row},
     ]
     (run_dir / "report").mkdir(exist_ok=True)
-    report = {"methods": methods, "differences": [], "weights": {"stage-1": weights_digest}}
+    settings = {"samples": 1797, "seeds": 3, "teacher_steps": 32}
+    report = {"methods": methods, "differences": [], "settings": settings, "real_scans": 1797}
+    report["weights"] = {"stage-1": weights_digest}
     (run_dir / "report" / "report.json").write_text(json.dumps(report))
 
 
@@ -240,6 +265,7 @@ def test_the_card_has_recipe_data_and_the_evaluation_of_these_very_weights(reflo
         "num_inference_steps=2, guidance_scale=1)",
         "| teacher | 32 |",
         "| student, 2 windows | 2 | 0.5000 ± 0.1000 |",
+        "to the teacher's 32 steps from the same noise",
     ):
         assert piece in card, piece
     assert "student, 4 windows" not in card
