@@ -97,7 +97,7 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
     card: dict[str, Any] = {
         "title": f"{recipe.name}, {len(recipe.stages[stage - 1].edges) - 1}-step student",
         "base": f"the {recipe.model.family} model of reflow" if builtin else recipe.model.base,
-        "recipe": f"Stage {stage} of {len(recipe.stages)}, by reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
+        "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
         "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {recipe.data.path}",
         "guidance": {
             "guidance_scale": recipe.validate_.guidance_scale,

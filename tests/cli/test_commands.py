@@ -259,7 +259,7 @@ def test_the_card_has_recipe_data_and_the_evaluation_of_these_very_weights(reflo
     for piece in (
         'license: "apache-2.0"',
         "# tiny, 2-step student",
-        "Stage 2 of 2, by reflow",
+        "Stage 2 of 2, reflow 0",
         "solver_steps = 2",
         "1,797 scans",
         "num_inference_steps=2, guidance_scale=1)",

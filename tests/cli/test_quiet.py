@@ -36,7 +36,9 @@ def test_a_verbosity_that_the_user_set_stands(verbosity):
     assert transformers.logging.get_verbosity() == transformers.logging.WARNING
 
 
-@pytest.mark.parametrize("module, shown", [("diffusers.utils.x", 0), ("peft", 0), ("reflow.export", 1), ("torchaudio", 1)])
+@pytest.mark.parametrize(
+    "module, shown", [("diffusers.utils.x", 0), ("peft", 0), ("reflow.export", 1), ("torchaudio", 1)]
+)
 def test_warnings_of_libraries_only(module, shown):
     with warnings.catch_warnings(record=True) as caught:
         warnings.resetwarnings()
