@@ -65,8 +65,8 @@ def text(report: Mapping[str, Any]) -> str:
                 " interval."
             ),
             (
-                f"FD: Fréchet distance to {report['real_scans']} real scans, of which the teacher has learned, by"
-                " features of a classifier"
+                f"FD: Fréchet distance to {report['real_scans']} real scans, which the teacher was trained on,"
+                " by features of a classifier"
             ),
             (
                 f"that reads {100 * report['classifier']['held_out_accuracy']:.1f} % of held-out scans. Real against"

@@ -152,6 +152,31 @@ def test_a_finished_seed_is_not_trained_again(tmp_path, monkeypatch):
         digits_full.train("digits-quick", tmp_path / "seed-0", [], 2, stages=2)
 
 
+@pytest.mark.slow
+@pytest.mark.launch
+def test_two_seeds_through_the_launcher(tmp_path, monkeypatch, capsys):
+    """The whole experiment in miniature, and the same command again: it trains and measures nothing twice."""
+    small = [f"stages.{i}.{key}" for i in range(3) for key in ("samples=256", "pairs=128")]
+    options = dict(recipe="digits-quick", seeds=2, samples=60, sampling_seeds=2, set_=("validate.every=0", *small))
+    digits_full.run(tmp_path / "out", **options)
+    result = json.loads((tmp_path / "out" / "digits.json").read_text())
+    assert result["training_seeds"] == [0, 1] and result["ranks"] >= 1 and all(s > 0 for s in result["training_seconds"])
+    assert [(d["windows"], d["steps"]) for d in result["differences"]] == [(8, 8), (4, 4), (2, 2), (2, 4), (2, 8)]
+    first, second = (seed["weights"]["stage-2"] for seed in result["per_seed"])
+    assert first != second
+    teachers = [[m["frechet"]["values"] for m in seed["methods"] if m["windows"] is None] for seed in result["per_seed"]]
+    assert teachers[0] == teachers[1]
+    assert result["resolved_recipe"]["stages"][2]["samples"] == 256 and result["machine"]["cores"] >= 1
+    assert all((tmp_path / "out" / name).stat().st_size for name in ("digits.png", "digits-samples.png"))
+
+    monkeypatch.setattr(digits_full.subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(digits_full.report, "make", lambda *a, **k: pytest.fail("measured again"))
+    capsys.readouterr()
+    digits_full.run(tmp_path / "out", **options)
+    again = json.loads((tmp_path / "out" / "digits.json").read_text())
+    assert again["methods"] == result["methods"] and "training seed 1:" in capsys.readouterr().out
+
+
 def test_a_failed_launch_is_told_and_its_time_is_kept(tmp_path, monkeypatch):
     calls = []
 
