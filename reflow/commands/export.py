@@ -127,7 +127,7 @@ def evaluation_of(report_file: pathlib.Path, weights: pathlib.Path) -> dict[str,
         "evaluation": [dict(zip(HEAD, cells, strict=True)) for cells in rows(methods, report["differences"])],
         "measures": (
             f"Paired error: RMS pixel distance (pixels -1 to 1) to the teacher's {settings['teacher_steps']} steps "
-            f"from the same noise. FD: Fréchet distance to {report['real_scans']} real scans by a classifier's features. "
+            f"from the same noise. FD: Fréchet distance to {report['real_scans']} real scans by classifier features. "
             f"{settings['samples']} samples with each of {settings['seeds']} sampling seeds; ± is half a 95 % interval."
         ),
     }
