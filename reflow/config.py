@@ -102,6 +102,7 @@ class Train(Section):
     offload: bool = False
     deepspeed: str = ""
     max_nonfinite: NonNegativeInt = 0
+    deterministic: bool = True
 
 
 class Stage(Section):

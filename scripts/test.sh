@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Set up and run the tests: at most 15 minutes on two cores. `--all` adds the long ones; other arguments go to pytest.
-# REFLOW_TEST_DEVICE=cuda runs the same tests on a GPU.
+# Where there is a CUDA GPU the same tests use it; REFLOW_TEST_DEVICE=cpu keeps them off it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [ -z "${REFLOW_TEST_DEVICE:-}" ]; then
+  REFLOW_TEST_DEVICE="$("$REFLOW_PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')"
+fi
+export REFLOW_TEST_DEVICE
 which=(-m "not slow")
 if [ "${1:-}" = "--all" ]; then
   shift
@@ -12,7 +16,7 @@ if [ "${1:-}" = "--all" ]; then
 fi
 # Two workers on two cores; a file stays with one worker, so what its tests share is made once.
 workers=()
-if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null && [ "${REFLOW_TEST_DEVICE:-cpu}" = cpu ]; then
+if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null && [ "$REFLOW_TEST_DEVICE" = cpu ]; then
   workers=(-n 2 --dist loadfile)
 fi
 exec "$REFLOW_PYTHON" -m pytest "${which[@]}" "${workers[@]}" "$@"

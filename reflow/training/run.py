@@ -8,6 +8,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from reflow_kernels import backend_report
 
 from reflow import config
 from reflow.config import Recipe
@@ -43,6 +44,16 @@ def load_data(recipe: Recipe, base: Base) -> LatentDataset:
     raise UserError(f"data.source = '{recipe.data.source}' is not known{config.nearest(recipe.data.source, ['digits'])}; write 'digits'.")
 
 
+def be_deterministic(wanted: bool) -> None:
+    """Ask for algorithms that repeat to the bit, without which a resumed run on a GPU would drift from an uninterrupted one."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = not wanted
+    torch.backends.cudnn.deterministic = wanted
+    # Operators that have no such algorithm run all the same.
+    torch.use_deterministic_algorithms(wanted and torch.cuda.is_available(), warn_only=True)
+
+
 def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
     """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
     open_run_dir(run_dir, recipe, allow_config_change)
@@ -50,6 +61,10 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
     torch.manual_seed(recipe.train.seed)
+    be_deterministic(recipe.train.deterministic)
+    for op, backend, reason in backend_report(device):
+        if backend == "none":
+            raise UserError(f"The fused op {op} cannot run on {device}: {reason}")
     family = registry.family(recipe.model.family)
     base = family.load(recipe.model.base, device=device)
     stages.check_compatible(recipe, base.prediction_type)

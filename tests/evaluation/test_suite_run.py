@@ -114,7 +114,7 @@ def test_report_has_what_a_reader_needs(evaluated, untrained):
     ratio = floor["set_size"] / floor["smaller_set_size"]
     assert 0.7 * ratio < floor["smaller_mean"] / floor["mean"] < 1.3 * ratio
     assert {"processor", "cores"} <= evaluated["machine"].keys() and {"torch", "python"} <= evaluated["versions"].keys()
-    assert evaluated["command"].startswith("reflow ") and evaluated["weights"].keys() == {"stage-0", "stage-1"}
+    assert evaluated["command"].startswith("reflow") and evaluated["weights"].keys() == {"stage-0", "stage-1"}
     assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "quality", "curves"))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -21,6 +22,8 @@ def launch():
         group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {k: v for k, v in os.environ.items() if k not in group}
         env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+        if torch.cuda.device_count() < ranks:
+            env.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -11,6 +11,7 @@ import time
 import pytest
 import tiny
 import torch
+from reflow_kernels import dispatch
 from safetensors.torch import load_file
 
 from reflow import config
@@ -211,6 +212,24 @@ def test_bad_input_ends_with_a_sentence_and_leaves_nothing(tmp_path, override, w
     with pytest.raises(UserError, match=words):
         run.train(tiny.recipe(tmp_path, override), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "stage-0").exists()
+
+
+def test_a_backend_that_cannot_run_here_is_said_before_anything_is_written(tmp_path, monkeypatch, device):
+    if device.type != "cpu":
+        pytest.skip("Triton runs on a GPU")
+    monkeypatch.setenv("REFLOW_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr("reflow_kernels.dispatch.interpreting", lambda: False)
+    dispatch._resolve.cache_clear()
+    with pytest.raises(UserError, match="cannot run on cpu.*REFLOW_KERNELS_BACKEND asks for the triton backend"):
+        run.train(tiny.recipe(tmp_path), tmp_path / "run")
+    dispatch._resolve.cache_clear()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run.train(tiny.recipe(tmp_path, "log.wandb=true"), tmp_path / "run")
 
 
 def test_a_users_deepspeed_json_is_laid_over_ours_but_not_over_batch_sizes(tmp_path):
