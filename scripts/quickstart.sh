@@ -22,5 +22,5 @@ fi
 
 echo "Training the recipe digits-quick on $ranks ranks ($device): deepspeed scripts/train.py --recipe digits-quick --run-dir $run"
 deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" scripts/train.py --recipe digits-quick --run-dir "$run"
-"$REFLOW_PYTHON" -m reflow.cli evaluate --run-dir "$run" --seeds 2 --beside bench/results/experiments/digits.json
+"$REFLOW_PYTHON" -m reflow.cli evaluate --run-dir "$run" --seeds 3 --beside bench/results/experiments/digits.json
 echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s."
