@@ -1,4 +1,4 @@
-"""``python -m bench COMMAND``: every command is a module with ``add_arguments(parser)`` and ``main(arguments) -> int``."""
+"""``python -m bench COMMAND``: a command is a module with ``add_arguments(parser)`` and ``main(arguments) -> int``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Compile every kernel, dtype and specialisation ahead of time for NVIDIA and AMD, and read what the compilers say.
 
-No GPU and no driver is needed: registers, spills and shared memory come from the cubin's resource section and from the AMD
-assembly's metadata, access widths from the machine code. Exit code 1 on a spill in fp16, bf16 or fp32, or where the aligned
-specialisation reads or writes a tensor in pieces below 16 bytes.
+No GPU and no driver is needed: registers, spills and shared memory come from the cubin's resource section and from the
+AMD assembly's metadata, access widths from PTX and from the AMD assembly. Exit code 1 on a spill in fp16, bf16 or fp32,
+or where the aligned specialisation reads or writes a tensor in pieces below 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,11 +26,13 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DTYPES = ("fp16", "bf16", "fp32", "fp64")
-SPECIALISATIONS = ("even", "masked", "ragged")
+SPECIALISATIONS = ("even", "masked", "ragged", "unaligned")
 WIDE = 16  # bytes of the widest access
 
-_NVIDIA_ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.EF|\.STRONG\S*|\.CONSTANT)*((?:\.U8|\.S8|\.U16|\.S16|\.64|\.128|\.ENL2\S*)?)")
-_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(dwordx4|dwordx3|dwordx2|dword|u?short\w*|s?byte\w*|ubyte\w*|b\d+|u16|u8)")
+_NVIDIA_ACCESS = re.compile(r"\b(?:ld|st)\.global[.\w]*?(?:\.v(\d))?\.[busf](\d+)\b")
+_AMD_ACCESS = re.compile(
+    r"\b(?:global|buffer|flat)_(load|store)_(dwordx4|dwordx3|dwordx2|dword|u?short\w*|s?byte\w*|ubyte\w*|b\d+|u16|u8)"
+)
 _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b128": 16, "b96": 12, "b64": 8, "b32": 4}
 _BITS = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--specialisations", nargs="+", choices=SPECIALISATIONS, default=list(SPECIALISATIONS))
+    parser.add_argument(
+        "--pick",
+        nargs="+",
+        metavar="TARGET:DTYPE:SPECIALISATION",
+        help="these combinations alone, e.g. sm_90:bf16:even",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="write one JSON line per kernel here")
 
@@ -49,7 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "0"  # kernels are compiled here, whatever the caller's shell says
     started = time.perf_counter()
-    rows = compile_all(arguments.targets, arguments.dtypes, arguments.specialisations, arguments.jobs)
+    combinations = [
+        (target, dtype, specialisation)
+        for target in arguments.targets
+        for specialisation in arguments.specialisations
+        for dtype in arguments.dtypes
+    ]
+    if arguments.pick:
+        picked = [tuple(text.split(":")) for text in arguments.pick]
+        unknown = [":".join(parts) for parts in picked if parts not in combinations]
+        if unknown:
+            print(
+                f"--pick does not know {', '.join(unknown)}; write TARGET:DTYPE:SPECIALISATION, e.g. sm_90:bf16:even."
+            )
+            return 2
+        combinations = picked
+    rows = compile_all(combinations, arguments.jobs)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,20 +85,17 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def compile_all(targets, dtypes, specialisations, jobs: int = 1) -> list[dict]:
-    """One row per compiled kernel: where it was compiled for and what it needs."""
+def compile_all(combinations: list[tuple[str, str, str]], jobs: int = 1) -> list[dict]:
+    """One row per kernel of every (target, dtype, specialisation): where it was compiled for and what it needs."""
     from bench import aot_cases
 
     seen = set()
     _tasks.clear()
-    for target in targets:
-        for specialisation in specialisations:
-            for dtype in dtypes:
-                for item in aot_cases.recorded(aot_cases.DTYPES[dtype], specialisation, TARGETS[target][2]):
-                    key = (target, item)
-                    if key not in seen:
-                        seen.add(key)
-                        _tasks.append((target, dtype, specialisation, item))
+    for target, dtype, specialisation in combinations:
+        for item in aot_cases.recorded(aot_cases.DTYPES[dtype], specialisation, TARGETS[target][2]):
+            if (target, item) not in seen:
+                seen.add((target, item))
+                _tasks.append((target, dtype, specialisation, item))
     if jobs == 1:
         return [_compile(number) for number in range(len(_tasks))]
     context = multiprocessing.get_context("fork")
@@ -111,7 +130,11 @@ def _compile(number: int) -> dict:
     lanes = TARGETS[target][2] * item.warps
     scalar, tensor = _expected(compiled.asm["ttgir"], item.block, lanes)
     scalar *= dict(item.constants).get("POINTS", 1)  # the loop over a chord's points may be unrolled
-    row |= _nvidia(compiled.asm["cubin"]) if target.startswith("sm_") else _amd(compiled.asm["amdgcn"])
+    row |= (
+        _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
+        if target.startswith("sm_")
+        else _amd(compiled.asm["amdgcn"])
+    )
     accesses = row.pop("accesses")
     row["access_bytes"] = {str(width): accesses[width] for width in sorted(accesses, reverse=True)}
     row["tensor_accesses_of_16"] = tensor
@@ -129,7 +152,9 @@ def _variant(item) -> str:
 
 def _expected(ttgir: str, block: int | None, threads: int) -> tuple[int, int]:
     """(small accesses: of scalars and partial sums, 16-byte accesses: of operand tiles) that one thread must make."""
-    lines = [line for line in ttgir.splitlines() if re.search(r"\b(tt\.(load|store)|amdg?\w*\.buffer_(load|store))\b", line)]
+    lines = [
+        line for line in ttgir.splitlines() if re.search(r"\b(tt\.(load|store)|amdg?\w*\.buffer_(load|store))\b", line)
+    ]
     small = wide = 0
     for line in lines:
         match = re.search(r"tensor<([\dx]+)x(?:!tt\.ptr<(\w+)>|(f16|bf16|f32|f64))", line)
@@ -147,22 +172,21 @@ def _expected(ttgir: str, block: int | None, threads: int) -> tuple[int, int]:
     return small, wide
 
 
-def _nvidia(cubin: bytes) -> dict:
+def _nvidia(ptx: str, cubin: bytes) -> dict:
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True)
-    sass = dump.stdout
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump.stdout + dump.stderr))
-    spill = max(int(found["STACK"]), int(found["LOCAL"]))
-    spill = max(spill, 4 * len(re.findall(r"\b(?:LDL|STL)\b", sass)))
-    widths = {"": 4, ".U8": 1, ".S8": 1, ".U16": 2, ".S16": 2, ".64": 8, ".128": 16}
-    accesses = collections.Counter(widths.get(width, 32) for _, width in _NVIDIA_ACCESS.findall(sass))
-    return {"registers": int(found["REG"]), "spill_bytes": spill, "accesses": accesses}
+    accesses = collections.Counter(int(count or 1) * int(bits) // 8 for count, bits in _NVIDIA_ACCESS.findall(ptx))
+    return {
+        "registers": int(found["REG"]),
+        "spill_bytes": max(int(found["STACK"]), int(found["LOCAL"])),
+        "accesses": accesses,
+    }
 
 
 def _amd(assembly: str) -> dict:

@@ -1,4 +1,4 @@
-"""The launches that ``python -m bench aot`` compiles: recorded from the launchers themselves, so they cannot drift apart."""
+"""The launches that ``python -m bench aot`` compiles, recorded from the launchers so that they cannot drift apart."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from reflow_kernels import aligned_v_kernels, chord_kernels, guidance_kernels, guided_step_kernels, launch, layout
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 
-# Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither.
-SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71)}
-LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101)}
+# Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither; and no mask with
+# tensors that start anywhere.
+SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71), "unaligned": (4, 64, 64)}
+LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101), "unaligned": (4, 128, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel as one call would compile it: signature, constants and hints as the JIT derives them from the values."""
+    """One kernel as one call compiles it: signature, constants and hints derived from the values as the JIT does."""
 
     kernel: Any
     name: str
@@ -36,7 +38,7 @@ def recorded(dtype: torch.dtype, specialisation: str, lanes: int) -> list[Launch
     launches: list[Launch] = []
     with _recording(launches, lanes):
         for shape in (SHAPES[specialisation], LARGE[specialisation]):
-            _run_all(shape, dtype)
+            _run_all(shape, dtype, offset=specialisation == "unaligned")
     return list(dict.fromkeys(launches))
 
 
@@ -74,19 +76,22 @@ def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) ->
     return Launch(kernel, kernel.fn.__name__, ordered, values, tuple(divisible), warps, constants.get("BLOCK"))
 
 
-def _run_all(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _run_all(shape: tuple[int, ...], dtype: torch.dtype, offset: bool) -> None:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     batch = 2
-    output = torch.zeros(batch, *shape, dtype=dtype)
-    doubled = torch.zeros(2 * batch, *shape, dtype=dtype)
-    state = torch.zeros(batch, *shape, dtype=wide)
+    order = layout.contiguous_order((batch, *shape))
+
+    def empty(*leading, dtype=wide):
+        plain = layout.empty(leading, torch.empty(0, *shape), order, dtype)
+        if not offset:
+            return plain
+        memory = torch.empty(plain.numel() + 1, dtype=dtype)[1:]
+        return memory.as_strided(plain.shape, plain.stride(), 1)
+
+    output, doubled, state = empty(batch, dtype=dtype), empty(2 * batch, dtype=dtype), empty(batch)
     values = torch.zeros(batch, dtype=wide)
     stats = torch.zeros(aligned_v_kernels.STATS, batch, dtype=wide)
     grad = torch.zeros((), dtype=wide)
-    order = layout.contiguous_order(output.shape)
-
-    def empty(*leading, dtype=wide):
-        return layout.empty(leading, output, order, dtype)
 
     for sample, coef, weight, target in ((state, values, values, state), (None, None, None, output)):
         aligned_v_kernels.forward(output, target, values, weight, sample, coef, coef, 1e-4, True)

@@ -1,7 +1,7 @@
 """The aligned-v loss: magnitude and direction of a predicted velocity, differentiable in ``model_output``.
 
-The formula is that of :func:`reflow_kernels.reference.aligned_v_loss`. The gradient to v^ is linear in d, v^ and v once a
-few numbers per sample are known; the forward saves them in ``stats`` [6, B] and no intermediate of the operands' size.
+The formula is that of :func:`reflow_kernels.reference.aligned_v_loss`. The gradient to v^ is linear in d, v^ and v once
+a few numbers per sample are known; the forward saves these in ``stats`` [6, B] and nothing of the operands' size.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def aligned_v_loss(
         backend: "auto", "triton" or "torch". strict: refuse fallbacks and layout copies.
 
     Returns:
-        AlignedVLoss(loss, mse, magnitude, cosine): loss is a scalar, the others are [B] and detached; fp32, or fp64 where
-        an operand is fp64. An empty batch has loss 0. Norms and cosine run over all elements of a sample.
+        AlignedVLoss(loss, mse, magnitude, cosine): loss is a scalar, the others are [B] and detached; fp32, or fp64
+        where an operand is fp64. An empty batch has loss 0. Norms and cosine run over all elements of a sample.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or a gradient asked of another argument.
@@ -98,9 +98,7 @@ def _forward(
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
         run = dispatch.triton_module("aligned_v").forward
-        return run(
-            model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, strict
-        )
+        return run(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, strict)
     result = reference.aligned_v_loss(
         model_output,
         target,
@@ -145,9 +143,7 @@ def _backward(
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
         run = dispatch.triton_module("aligned_v").backward
-        return run(
-            grad_loss, model_output, target, sample, sample_coef, output_coef, stats, strict
-        )
+        return run(grad_loss, model_output, target, sample, sample_coef, output_coef, stats, strict)
     grad = reference.aligned_v_loss_backward(
         grad_loss,
         model_output,
@@ -169,9 +165,7 @@ def _(grad_loss, model_output, *rest):
 
 def _setup_context(ctx, inputs, output):
     model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict = inputs
-    ctx.save_for_backward(
-        model_output, target, direction_weight, weight, sample, sample_coef, output_coef, output[2]
-    )
+    ctx.save_for_backward(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, output[2])
     ctx.options = (eps, backend, strict)
 
 

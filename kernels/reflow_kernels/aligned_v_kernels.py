@@ -1,9 +1,10 @@
-"""Triton kernels of :func:`reflow_kernels.aligned_v_loss`: tiles of partial sums, one launch that finishes the scalars, one
-backward launch. v^ is built where it is used; neither v^ nor d = v^ - v is ever stored.
+"""Triton kernels of :func:`reflow_kernels.aligned_v_loss`: tiles of partial sums, one launch that finishes the scalars,
+one backward launch. v^ is built where it is used; neither v^ nor d = v^ - v is ever stored.
 
-1 - cosine is taken without cancellation from one read of the operands. A tile keeps its residual |v^ - k v|^2 at its own best k;
-residuals add up as sum_t (|v^ - k_t v|_t^2 + (k_t - k)^2 |v|_t^2), all terms positive, which is |v^|^2 sin^2 of the angle, and
-1 - cos = sin^2 / (1 + cos). With floored norms |v^/P - v/V|^2 = (|v^|/P - |v|/V)^2 + 2 |v^||v|/(PV) (1 - cos).
+1 - cosine is taken without cancellation from one read of the operands. A tile keeps its residual |v^ - k v|^2 at its
+own best k; residuals add up as sum_t (|v^ - k_t v|_t^2 + (k_t - k)^2 |v|_t^2), all positive, which is |v^|^2 sin^2
+of the angle, and 1 - cos = sin^2 / (1 + cos). With floored norms
+|v^/P - v/V|^2 = (|v^|/P - |v|/V)^2 + 2 |v^||v|/(PV) (1 - cos).
 Rows with huge elements are scaled by a power of two, each of v^ and v on its own, so that no square overflows.
 """
 
@@ -295,7 +296,7 @@ def forward(
     dtype = reference.accumulate_dtype(model_output, target, sample)
     model_output, target, sample = _ordered(model_output, target, sample, strict)
     batch, size = model_output.shape[0], model_output[0].numel()
-    blocks = launch.reduction(size)
+    blocks = launch.reduction(size, model_output, target, sample)
     sums = model_output.new_empty((SUMS, batch * blocks.tiles), dtype=dtype)
     loss = model_output.new_empty((), dtype=dtype)
     parts = model_output.new_empty((3, batch), dtype=dtype)

@@ -49,7 +49,9 @@ def window_chord(
     for name, value in (("z_start", z_start), ("z_end", z_end)):
         checks.no_grad(name, value, "window_chord has none")
     if isinstance(dt, numbers.Real) and not dt < 0:
-        raise ValueError(f"dt is {dt}; expected t_end - t_start, which is negative: time runs from 1 (noise) to 0 (data).")
+        raise ValueError(
+            f"dt is {dt}; expected t_end - t_start, which is negative: time runs from 1 (noise) to 0 (data)."
+        )
     batch = z_start.shape[0]
     if isinstance(tau, Tensor) and tau.dim() == 2:
         if tau.shape[1] != batch:

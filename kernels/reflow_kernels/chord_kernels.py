@@ -9,7 +9,6 @@ from torch import Tensor
 from . import launch, layout
 from .tiles import accumulator, divide, lerp, load, store
 
-
 _COUNTS = ["TILES", "BATCH", "tau_point_stride", "tau_stride", "dt_stride"]
 
 

@@ -1,8 +1,8 @@
 """Which backend runs an op, and why.
 
 ``backend`` is "auto", "triton" or "torch". The order of precedence is the environment variable
-REFLOW_KERNELS_BACKEND, the op's own argument, then :func:`configure`. "auto" takes Triton on a GPU and PyTorch elsewhere.
-The choice and its reason are logged once; a fallback on a GPU is a warning, and an error where ``strict`` is set.
+REFLOW_KERNELS_BACKEND, the op's own argument, then :func:`configure`. "auto" takes Triton on a GPU and PyTorch
+elsewhere. The choice and its reason are logged once; a fallback on a GPU is a warning, and an error under ``strict``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def is_strict(strict: bool) -> bool:
 
 
 def select(op: str, device: torch.device, backend: str = "auto", strict: bool = False) -> str:
-    """"triton" or "torch" for this call. Raises RuntimeError where the asked backend cannot run."""
+    """ "triton" or "torch" for this call. Raises RuntimeError where the asked backend cannot run."""
     asked, source = _asked(backend)
     chosen, reason, fallback = _resolve(asked, source, device.type, device.index)
     if fallback and is_strict(strict):
@@ -89,7 +89,7 @@ def _checked(backend: str, name: str) -> str:
     return backend
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _resolve(asked: str, source: str, device_type: str, index: int | None) -> tuple[str, str, bool]:
     """(backend, reason, is this a fallback from what the device could do)."""
     if asked == "torch":

@@ -1,7 +1,7 @@
 """Triton kernels of :func:`reflow_kernels.cfg_combine`.
 
-Without rescale one elementwise launch. With it, one launch where a program holds a whole sample; larger samples take two:
-moments of tiles, then every program merges its sample's moments in a fixed order and writes its tile.
+Without rescale one elementwise launch. With it, one launch where a program holds a whole sample; larger samples take
+two: moments of tiles, then every program merges its sample's moments in a fixed order and writes its tile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def _moments(values, mask, count, ACC: tl.constexpr):
 @triton.jit
 def _factor(cond_spread, guided_spread, rescale, ACC: tl.constexpr):
     """1 + rescale (std(cond) / std(guided) - 1) from sums of squared deviations; 1 where guided is constant."""
-    ratio = divide(square_root(cond_spread, ACC), square_root(tl.where(guided_spread > 0, guided_spread, 1.0), ACC), ACC)
+    ratio = divide(
+        square_root(cond_spread, ACC), square_root(tl.where(guided_spread > 0, guided_spread, 1.0), ACC), ACC
+    )
     return 1.0 + rescale * (tl.where(guided_spread > 0, ratio, 1.0) - 1.0)
 
 
@@ -158,7 +160,7 @@ def combine(model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None
     batch, size = guided.shape[0], guided[0].numel()
     dtype = reference.accumulate_dtype(guided)
     acc = accumulator(dtype)
-    sums = launch.reduction(size)
+    sums = launch.reduction(size, model_output)
     whole = rescale is not None and sums.tiles == 1
     blocks = sums if whole else launch.elementwise(size)
     strides = (model_output.stride(0), launch.stride(guidance_scale))

@@ -29,15 +29,16 @@ def guided_step(
         state: [B, ...] fp32 or fp64, which is also the dtype of the arithmetic.
         model_output: [B, ...] without guidance; [2B, ...] rows [uncond; cond] with it.
         state_coef, output_coef: float or [B]. A DDIM or Euler step of any parameterisation has this form.
-        guidance_scale: None: there is no unconditional half. A float or [B], 1.0 included: uncond + scale (cond - uncond).
+        guidance_scale: None where there is no unconditional half. A float or [B], 1.0 included:
+            guided = uncond + guidance_scale (cond - uncond).
         input_scale: None (1), float or [B]: model_input = input_scale * state'.
         input_dtype: dtype of model_input, by default that of model_output (or of ``input_out``).
         out, input_out: buffers for the two results, in one sample order; ``out`` may be ``state``.
         backend: "auto", "triton" or "torch". strict: refuse fallbacks and layout copies.
 
     Returns:
-        (state', model_input): state' [B, ...] in state's dtype; model_input has the rows of model_output. Both follow the
-        sample order of model_output (of ``out`` where it is given). No gradient.
+        (state', model_input): state' [B, ...] in state's dtype; model_input has the rows of model_output. Both follow
+        the sample order of model_output (of ``out`` where it is given). No gradient.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or layout, or an argument that requires a gradient.
@@ -78,7 +79,9 @@ def guided_step(
     if input_out is None:
         input_out = layout.empty((rows,), state, order, input_dtype or model_output.dtype)
     if layout.dense_order(input_out) != order:
-        raise ValueError(f"input_out has strides {input_out.stride()}; expected the sample order of out, {out.stride()}.")
+        raise ValueError(
+            f"input_out has strides {input_out.stride()}; expected the sample order of out, {out.stride()}."
+        )
     torch.ops.reflow_kernels.guided_step_out(*operands, out, input_out, backend, strict)
     return out, input_out
 

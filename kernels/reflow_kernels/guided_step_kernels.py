@@ -1,4 +1,4 @@
-"""Triton kernel of :func:`reflow_kernels.guided_step`: one launch, every operand read once, every result written once."""
+"""Triton kernel of :func:`reflow_kernels.guided_step`: one launch, operands read once and results written once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import launch, layout
 from .tiles import accumulator, lerp, load, store
-
 
 _COUNTS = ["TILES", "BATCH", "state_coef_stride", "output_coef_stride", "guidance_scale_stride", "input_scale_stride"]
 

@@ -1,7 +1,7 @@
 """How kernels are launched: fixed block and warp tables, the device guard, and the one place that starts a kernel.
 
-Nothing is tuned at run time: sizes come from these tables alone, so that results repeat to the bit and CUDA graphs can be
-captured at the first call. Grids are one-dimensional and programs widen their number to int64 before any offset.
+Nothing is tuned at run time: sizes come from these tables alone, so that results repeat to the bit and no benchmark
+runs inside a training step. Grids are one-dimensional and programs widen their number to int64 before any offset.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SINGLE_PROGRAM = 16384  # elements of a sample that one program reduces alone
+SINGLE_PROGRAM = 16384  # elements of a sample that one program reduces alone; half of that where it is not aligned
 TILE = 4096  # elements a program reduces of a larger sample
 CHUNK = 1024  # elements a program of an elementwise kernel handles; partial sums the last stage reads at a time
 
@@ -34,10 +34,23 @@ def elementwise(size: int) -> Blocks:
     return _blocks(size, block, min(max(block // (8 * _LANES), 1), 4))
 
 
-def reduction(size: int) -> Blocks:
-    """One program a sample up to SINGLE_PROGRAM elements, else tiles; 16 elements a lane, 32 in the largest block."""
-    block = max(128, power_of_two(size)) if size <= SINGLE_PROGRAM else TILE
+def reduction(size: int, *tensors: Tensor | None) -> Blocks:
+    """One program a sample where it fits the registers, else tiles; 16 elements a lane, 32 in the largest block.
+
+    Masks and single-element addresses take registers too: where sizes and tensors do not allow 16-byte accesses, half as
+    many elements fit.
+    """
+    fits = SINGLE_PROGRAM if _aligned(size, tensors) else SINGLE_PROGRAM // 2
+    block = max(128, power_of_two(size)) if size <= fits else TILE
     return _blocks(size, block, min(max(block // (16 * _LANES), 1), 16))
+
+
+def _aligned(size: int, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether Triton can tell that every row of these [B, N] tensors starts and ends on a multiple of 16 elements."""
+    if size % 16:
+        return False
+    given = (tensor for tensor in tensors if tensor is not None)
+    return all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 for tensor in given)
 
 
 def power_of_two(value: int) -> int:

@@ -47,7 +47,7 @@ def leading_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def strides(leading: Sequence[int], sample_shape: Sequence[int], order: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor [*leading, *sample_shape] whose samples are in ``order``, dense over the leading dimensions."""
+    """Strides of a tensor [*leading, *sample_shape], samples in ``order``, dense over the leading dimensions."""
     outer = []
     stride = math.prod(sample_shape)
     for size in reversed(leading):
@@ -64,7 +64,7 @@ def empty(leading: Sequence[int], like: Tensor, order: tuple[int, ...], dtype: t
 
 
 def settle(result: Tensor, order: tuple[int, ...]) -> Tensor:
-    """``result`` with its samples in ``order`` as a fake kernel promised it: itself if it is so already, else a copy."""
+    """``result`` with its samples in ``order``, as a fake kernel promised it: itself if it is so, else a copy."""
     inner = len(order)
     leading, sample_shape = result.shape[: result.dim() - inner], result.shape[result.dim() - inner :]
     wanted = strides(leading, sample_shape, order)

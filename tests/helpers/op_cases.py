@@ -13,7 +13,12 @@ hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.register_profile(
-    "deep", max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+    "deep",
+    max_examples=200,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -147,7 +152,7 @@ def relative(dtype: torch.dtype) -> float:
 
 
 def assert_no_worse(name, actual, plain, exact, terms=None):
-    """``actual`` is at most twice as far from the fp64 ``exact`` as plain PyTorch, plus a few roundings of fp32 (or fp64)
+    """``actual`` is at most twice as far from the fp64 ``exact`` as plain PyTorch, plus a few fp32 (or fp64) roundings
     of what was added up: ``terms``, by default the result.
 
     The interpreter truncates to bf16 where hardware rounds: one more rounding there.

@@ -1,5 +1,6 @@
-"""The ops' tests run the kernels through Triton's interpreter on a CPU and natively on a GPU (REFLOW_TEST_DEVICE=cuda)."""
+"""The kernels run through Triton's interpreter on a CPU, and natively on a GPU (REFLOW_TEST_DEVICE=cuda)."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 
 def hasten_interpreter():
-    """Skip the interpreter's second look at a language module that it has patched already (5 ms a device function call)."""
+    """Spare the interpreter a second look at a module it has patched already (5 ms a device function call)."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -31,10 +32,8 @@ def hasten_interpreter():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    try:
+    with contextlib.suppress(ImportError, AttributeError):  # another version's interpreter: slower, nothing else
         hasten_interpreter()
-    except (ImportError, AttributeError):  # no triton, or another version's interpreter: slower, nothing else
-        pass
 
 
 @pytest.fixture(autouse=True)

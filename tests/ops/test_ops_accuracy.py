@@ -75,7 +75,10 @@ def test_aligned_v_loss(case, device, backend):
     actual, gradient = run(reflow_kernels.aligned_v_loss, output, target, arguments, backend=backend)
     plain, plain_gradient = run(reference.aligned_v_loss, output, target, arguments)
     exact, exact_gradient = run(
-        reference.aligned_v_loss, double(output), double(target), {name: double(value) for name, value in arguments.items()}
+        reference.aligned_v_loss,
+        double(output),
+        double(target),
+        {name: double(value) for name, value in arguments.items()},
     )
     terms = {"magnitude": exact.mse, "cosine": torch.ones((), device=device)}
     for name in actual._fields:
@@ -187,9 +190,7 @@ def guidances(draw):
     dtype = draw(st.sampled_from(cases.DTYPES))
     batch = shape[0] // 2
     rescale = draw(cases.coefficient(batch, cases.wide(dtype), (0.0, 1.0, 0.7))) if draw(st.booleans()) else None
-    return GuidanceCase(
-        draw(cases.operand(shape, dtype)), draw(cases.coefficient(batch, cases.wide(dtype))), rescale
-    )
+    return GuidanceCase(draw(cases.operand(shape, dtype)), draw(cases.coefficient(batch, cases.wide(dtype))), rescale)
 
 
 @cases.for_all(guidances(), examples=40)

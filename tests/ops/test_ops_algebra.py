@@ -30,7 +30,10 @@ class Tensors:
 
 @st.composite
 def tensors(draw, smallest=1):
-    shape = (draw(st.integers(1, 4)), *draw(st.sampled_from([shape for shape in cases.SHAPES if len(shape) > smallest - 1])))
+    shape = (
+        draw(st.integers(1, 4)),
+        *draw(st.sampled_from([shape for shape in cases.SHAPES if len(shape) > smallest - 1])),
+    )
     return Tensors(shape, draw(st.integers(0, 2**31)))
 
 

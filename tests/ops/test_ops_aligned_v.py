@@ -1,4 +1,4 @@
-"""The aligned-v loss where it is hard: near alignment, no norm, huge norms, large samples; and its gradient as autograd uses it."""
+"""The aligned-v loss where it is hard: near alignment, no norm, huge norms, large samples; and under autograd."""
 
 import itertools
 
@@ -153,7 +153,9 @@ def test_upstream_gradient_retained_graph_and_accumulation(backend, device):
     assert torch.equal(leaf.grad, first)
 
     leaf = output.clone().requires_grad_()
-    total = sum(aligned_v_loss(leaf[part], target[part], direction_weight=0.7, backend=backend).loss for part in ([0], [1, 2]))
+    total = sum(
+        aligned_v_loss(leaf[part], target[part], direction_weight=0.7, backend=backend).loss for part in ([0], [1, 2])
+    )
     shares = torch.autograd.grad(total, leaf)[0] * torch.tensor([[1.0], [2.0], [2.0]], device=device) / 3
     assert torch.allclose(shares, grad, rtol=1e-5, atol=1e-9)
 

@@ -32,7 +32,14 @@ def step(output, target, sample, doubled, coef):
     state, model_input = guided_step(sample, doubled, coef, coef, guidance_scale=coef, strict=True)
     chord = window_chord(sample, state, coef.abs(), -coef.abs() - 1, input_dtype=doubled.dtype, strict=True)
     result = aligned_v_loss(
-        output, target, direction_weight=coef, sample=chord[0], sample_coef=coef, output_coef=coef, weight=coef, strict=True
+        output,
+        target,
+        direction_weight=coef,
+        sample=chord[0],
+        sample_coef=coef,
+        output_coef=coef,
+        weight=coef,
+        strict=True,
     )
     grad = torch.autograd.grad(result.loss * 2, output)[0]
     return *result, grad, state, model_input, *chord, cfg_combine(doubled, coef, rescale=coef, strict=True)

@@ -97,7 +97,9 @@ def test_a_gpu_without_triton_falls_back_aloud_and_not_under_strict(monkeypatch,
 def python(program, **environment):
     import os
 
-    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", dispatch.ENVIRONMENT)}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", dispatch.ENVIRONMENT)
+    }
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=clean | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -40,7 +40,14 @@ def run_all(output, target, sample, backend, strict=False):
     """Results of all ops on operands [4, C, H, W], as fresh contiguous tensors."""
     leaf = output.detach().requires_grad_()
     loss = aligned_v_loss(
-        leaf, target, direction_weight=1.0, sample=sample, sample_coef=0.5, output_coef=-2.0, backend=backend, strict=strict
+        leaf,
+        target,
+        direction_weight=1.0,
+        sample=sample,
+        sample_coef=0.5,
+        output_coef=-2.0,
+        backend=backend,
+        strict=strict,
     )
     grad = torch.autograd.grad(loss.loss, leaf)[0]
     step = guided_step(sample[:2], output, 0.5, 2.0, guidance_scale=3.0, backend=backend, strict=strict)
@@ -146,7 +153,10 @@ def test_step_in_place_and_into_slices_of_static_buffers(device, backend):
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_results_share_no_memory(device, backend):
     state, output = normal(2, 3, 5, device=device), normal(2, 3, 5, seed=1, device=device)
-    results = [*guided_step(state, output, 1.0, 0.0, backend=backend), *window_chord(state, output, 0.0, -1.0, backend=backend)]
+    results = [
+        *guided_step(state, output, 1.0, 0.0, backend=backend),
+        *window_chord(state, output, 0.0, -1.0, backend=backend),
+    ]
     pointers = {tensor.data_ptr() for tensor in (state, output, *results)}
     assert len(pointers) == 2 + len(results)
 

@@ -1,4 +1,4 @@
-"""The ops as torch.library sees them: schema, fake kernels, autograd registration, and torch.compile without a graph break."""
+"""The ops as torch.library sees them: schema, fake kernels, autograd registration; torch.compile without a break."""
 
 import op_cases as cases
 import pytest
@@ -34,7 +34,20 @@ def test_opcheck_of_the_gradient(backend, device):
     output, target = normal(2, 3, 4, 5, device=device), normal(2, 3, 4, 5, seed=1, device=device)
     coef = torch.tensor([0.5, 2.0], device=device)
     stats = ops.aligned_v_loss(output, target, coef, None, None, None, None, 1e-4, backend, False)[2]
-    arguments = (torch.ones((), device=device), output, target, coef, None, None, None, None, stats, 1e-4, backend, False)
+    arguments = (
+        torch.ones((), device=device),
+        output,
+        target,
+        coef,
+        None,
+        None,
+        None,
+        None,
+        stats,
+        1e-4,
+        backend,
+        False,
+    )
     torch.library.opcheck(ops.aligned_v_loss_backward.default, arguments)
 
 
@@ -55,9 +68,7 @@ def test_opcheck_of_the_others(backend, device, layout):
         ops.guided_step_out.default, (state, doubled, coef, coef, coef, None, *buffers, backend, False)
     )
     for tau in (coef.abs(), coef.abs().expand(3, 2)):
-        torch.library.opcheck(
-            ops.window_chord.default, (state, end, tau, -coef.abs(), torch.bfloat16, backend, False)
-        )
+        torch.library.opcheck(ops.window_chord.default, (state, end, tau, -coef.abs(), torch.bfloat16, backend, False))
     for rescale in (None, coef):
         torch.library.opcheck(ops.cfg_combine.default, (doubled, coef, rescale, backend, False))
 
@@ -97,7 +108,10 @@ def everything(backend):
 @pytest.mark.parametrize("layout", [torch.Tensor.clone, channels_last])
 def test_compile_has_no_graph_break_and_changes_nothing(backend, device, layout):
     output = layout(normal(2, 3, 4, 5, device=device)).requires_grad_()
-    target, sample = layout(normal(2, 3, 4, 5, seed=1, device=device)), layout(normal(2, 3, 4, 5, seed=2, device=device))
+    target, sample = (
+        layout(normal(2, 3, 4, 5, seed=1, device=device)),
+        layout(normal(2, 3, 4, 5, seed=2, device=device)),
+    )
     doubled = layout(normal(4, 3, 4, 5, seed=3, device=device))
     arguments = (output, target, sample, doubled, torch.tensor([0.5, 2.0], device=device))
     eager = everything(backend)(*arguments)
@@ -133,7 +147,9 @@ def test_compile_with_a_changing_batch(backend, device):
     )
     for batch in (2, 3, 5):
         output, target = normal(batch, 3, 8, device=device), normal(batch, 3, 8, seed=1, device=device)
-        assert torch.equal(run(output, target), aligned_v_loss(output, target, direction_weight=1.0, backend=backend).loss)
+        assert torch.equal(
+            run(output, target), aligned_v_loss(output, target, direction_weight=1.0, backend=backend).loss
+        )
 
 
 def test_autocast_leaves_the_ops_alone(backend, device):

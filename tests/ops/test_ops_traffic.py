@@ -82,7 +82,14 @@ def test_loss(monkeypatch, size):
     ones = torch.ones(1)
     meter = Meter(monkeypatch)
     loss = aligned_v_loss(
-        output, target, direction_weight=ones, sample=sample, sample_coef=ones, output_coef=ones, weight=ones, backend="triton"
+        output,
+        target,
+        direction_weight=ones,
+        sample=sample,
+        sample_coef=ones,
+        output_coef=ones,
+        weight=ones,
+        backend="triton",
     ).loss
     tensors = {"model_output": output, "target": target, "sample": sample}
     check(meter, "aligned_v_loss, forward", tensors)
