@@ -12,6 +12,7 @@ from reflow_kernels import backend_report
 
 from reflow import config
 from reflow.config import Recipe
+from reflow.data.cache import CachedDataset
 from reflow.data.latents import LatentDataset, encode_digits
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
@@ -38,10 +39,14 @@ def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: boo
                         f"--allow-config-change to go on with the new ones.")
 
 
-def load_data(recipe: Recipe, base: Base) -> LatentDataset:
+def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset:
     if recipe.data.source == "digits":
         return encode_digits(base)
-    raise UserError(f"data.source = '{recipe.data.source}' is not known{config.nearest(recipe.data.source, ['digits'])}; write 'digits'.")
+    if recipe.data.source == "cache":
+        return CachedDataset(recipe.data.path, base)
+    near = config.nearest(recipe.data.source, ["digits", "cache"])
+    raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', or 'cache' with the --out of "
+                    f"`reflow prepare` as data.path.")
 
 
 def be_deterministic(wanted: bool) -> None:

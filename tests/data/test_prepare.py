@@ -1,0 +1,163 @@
+"""A folder of captioned images becomes a cache that trains: what is stored, what is skipped, what is refused."""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reflow.data import digits, sources
+from reflow.data.cache import CachedDataset
+from reflow.data.prepare import Preparation
+from reflow.errors import UserError
+from reflow.models import registry
+
+
+@pytest.fixture(scope="module")
+def base():
+    return registry.family("digits").load()
+
+
+def scans(folder, count=24):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, labels = digits.images()
+    for i in range(count):
+        Image.fromarray(((pixels[i, 0].numpy() + 1) * 127.5).round().astype(np.uint8)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(digits.caption(int(labels[i])) + "\n")
+    return folder
+
+
+def prepared(base, folder, out, **options):
+    return Preparation(base, sources.folder(folder), out, **{"resolution": 16, "shard_size": 8, "batch_size": 4, **options}).run()
+
+
+def test_the_cache_equals_direct_encoding(base, tmp_path):
+    manifest = prepared(base, scans(tmp_path / "data"), tmp_path / "out")
+    data, items = CachedDataset(tmp_path / "out", base), torch.tensor([23, 0, 7, 8])
+    assert len(data) == manifest["counts"]["images"] == 24 and manifest["counts"]["captions"] == 10
+    assert data.shape == base.latent_shape(16)
+    pixels = [np.asarray(Image.open(tmp_path / "data" / f"{i:03d}.png"), np.float32) for i in items.tolist()]
+    want = base.encode_images(torch.from_numpy(np.stack(pixels))[:, None] / 127.5 - 1)
+    torch.testing.assert_close(data.latent(items), want, rtol=1e-5, atol=1e-5)
+    text = base.encode_prompts(digits.prompts(digits.images()[1][items]))
+    got = data.conditioning(items, torch.tensor([False, True, False, False]))
+    null = base.null_conditioning(4)
+    want = null.where(torch.tensor([False, True, False, False]), text)
+    torch.testing.assert_close(got.encoder_hidden_states, want.encoder_hidden_states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.text_embeds, want.text_embeds, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.time_ids, text.time_ids) and torch.equal(data.null.encoder_hidden_states, null.encoder_hidden_states[:1])
+
+
+def test_a_killed_preparation_goes_on_and_redoes_no_finished_shard(base, tmp_path, monkeypatch):
+    data, seen, load = scans(tmp_path / "data"), [], sources.Item.load
+
+    def counting(item):
+        if len(seen) == 13:
+            raise KeyboardInterrupt
+        seen.append(item.key)
+        return load(item)
+
+    monkeypatch.setattr(sources.Item, "load", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(base, data, tmp_path / "out")
+    with pytest.raises(UserError, match="not finished"):
+        CachedDataset(tmp_path / "out", base)
+    again = []
+    monkeypatch.setattr(sources.Item, "load", lambda item: again.append(item.key) or load(item))
+    prepared(base, data, tmp_path / "out")
+    assert again == [f"{i:03d}.png" for i in range(8, 24)]  # the first shard of 8 was whole
+    prepared(base, data, tmp_path / "whole")
+    for shard in sorted((tmp_path / "whole").glob("*.arrow")):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def test_modes_sizes_and_crops():
+    wide = Image.new("RGB", (40, 20), "red")
+    pixels, ids = sources.square(wide, 10, 3)
+    assert pixels.shape == (3, 10, 10) and ids == [20, 40, 0, 5, 10, 10]
+    assert np.allclose(pixels[:, 5, 5], [1, -1, -1])
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert (sources.square(clear, 8, 3)[0] == 1).all()  # transparency is white
+    assert (sources.square(clear.convert("LA"), 8, 1)[0] == 1).all()
+    palette = Image.new("RGB", (8, 8), "blue").convert("P")
+    assert np.allclose(sources.square(palette, 8, 3)[0][:, 0, 0], [-1, -1, 1])
+    deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
+    assert (sources.square(deep, 8, 1)[0] == 1).all()
+    for wrong in (Image.new("F", (8, 8)), Image.new("RGB", (0, 8))):
+        with pytest.raises(ValueError):
+            sources.square(wrong, 8, 3)
+
+
+def test_unreadable_images_are_listed_and_too_many_are_an_error(base, tmp_path):
+    folder = scans(tmp_path / "data")
+    (folder / "003.png").write_bytes(b"")
+    (folder / "004.png").write_bytes((folder / "005.png").read_bytes()[:60])
+    with pytest.raises(UserError, match=r"2 of 24 images .* --max-bad-share 0\.05 .*003\.png"):
+        prepared(base, folder, tmp_path / "out")
+    manifest = prepared(base, folder, tmp_path / "out", max_bad_share=0.1)
+    listed = [json.loads(line)["file"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert listed == ["003.png", "004.png"] and manifest["counts"]["skipped"] == 2
+    assert len(CachedDataset(tmp_path / "out", base)) == 22
+
+
+def test_captions_missing_empty_long_and_from_a_table(base, tmp_path):
+    folder = scans(tmp_path / "data", 4)
+    (folder / "000.txt").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images have no caption, the first is .*000\.png"):
+        sources.folder(folder)
+    assert sources.folder(folder, "")[0].caption == ""
+    (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "' + "long " * 2000 + '"}\n{"file_name": "001.png", "text": ""}\n')
+    assert [len(item.caption) for item in sources.folder(folder)[:2]] == [9999, 0]
+    manifest = prepared(base, folder, tmp_path / "out")
+    assert manifest["counts"]["empty_captions"] == 1
+    assert torch.isfinite(CachedDataset(tmp_path / "out", base).conditioning(torch.arange(4)).encoder_hidden_states).all()
+    (folder / "metadata.jsonl").write_text('{"file_name": "000.png"}\n')
+    with pytest.raises(UserError, match="metadata.jsonl, line 1"):
+        sources.folder(folder)
+
+
+def test_another_vae_other_images_and_a_cut_shard_are_refused(base, tmp_path):
+    folder, out = scans(tmp_path / "data", 8), tmp_path / "out"
+    prepared(base, folder, out)
+    other = registry.family("digits").load()
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(0.01)
+    for use in (lambda: CachedDataset(out, other), lambda: prepared(other, folder, out)):
+        with pytest.raises(UserError, match="differ in VAE"):
+            use()
+    with pytest.raises(UserError, match="other settings"):
+        prepared(base, scans(folder, 9), out)
+    (folder / "008.png").unlink()
+    shard = out / "latents-00000.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="latents-00000.arrow"):
+        CachedDataset(out, base)
+    prepared(base, folder, out)
+    assert shard.read_bytes() == whole
+
+
+def test_a_vae_that_gives_nan_is_named_with_the_file(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(base), "encode_images", lambda self, pixels: torch.full((len(pixels), 2, 4, 4), float("nan")))
+    with pytest.raises(UserError, match=r"000\.png"):
+        prepared(base, scans(tmp_path / "data", 2), tmp_path / "out")
+
+
+def test_training_runs_from_the_cache(base, tmp_path):
+    from reflow.cli import COMMANDS
+    from reflow.training import run
+
+    place = pathlib.Path(__file__).parents[1] / "training" / "tiny.py"
+    spec = importlib.util.spec_from_file_location("tiny_for_prepare", place)
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    assert "prepare" in COMMANDS
+    prepared(base, scans(tmp_path / "data"), tmp_path / "out")
+    recipe = tiny.recipe(tmp_path, "data.source=cache", f"data.path={tmp_path / 'out'}", "stages.0.samples=32", "stages.1.samples=32")
+    assert run.train(recipe, tmp_path / "run") == 0
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses and all(np.isfinite(losses))
