@@ -37,12 +37,12 @@ def elementwise(size: int) -> Blocks:
 def reduction(size: int, *tensors: Tensor | None) -> Blocks:
     """One program a sample where it fits the registers, else tiles; 16 elements a lane, 32 in the largest block.
 
-    Masks and single-element addresses take registers too: where sizes and tensors do not allow 16-byte accesses, half as
-    many elements fit.
+    Masks and single-element addresses take registers too: where sizes and tensors do not allow 16-byte accesses, blocks
+    and elements a lane are half of that.
     """
-    fits = SINGLE_PROGRAM if _aligned(size, tensors) else SINGLE_PROGRAM // 2
-    block = max(128, power_of_two(size)) if size <= fits else TILE
-    return _blocks(size, block, min(max(block // (16 * _LANES), 1), 16))
+    share = 1 if _aligned(size, tensors) else 2
+    block = max(128, power_of_two(size)) if size <= SINGLE_PROGRAM // share else TILE // share
+    return _blocks(size, block, min(max(share * block // (16 * _LANES), 1), 16))
 
 
 def _aligned(size: int, tensors: tuple[Tensor | None, ...]) -> bool:
