@@ -28,12 +28,6 @@ class Model(Section):
     family: str = "digits"
     base: str = "builtin"
     student_weights: str = ""
-    attention: Literal["default", "sdpa", "xformers"] = "default"
-    compile: bool = False
-    channels_last: bool = False
-    gradient_checkpointing: bool = False
-    lora_rank: NonNegativeInt = 0
-    lora_alpha: NonNegativeFloat = 0.0
 
 
 class Data(Section):

@@ -12,7 +12,7 @@ OPTIONAL = {
     "triton": "fused ops on a GPU",
     "deepspeed": "training",
     "bitsandbytes": "the 8-bit optimizers",
-    "xformers": "attention = 'xformers'",
+    "xformers": "attention kernels, optional",
     "wandb": "log.wandb",
 }
 
