@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from reflow import config
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.errors import UserError
 
 

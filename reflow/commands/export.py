@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.errors import UserError
 
 SUFFIX = ".safetensors"

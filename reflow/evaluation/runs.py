@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from reflow import config
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.models.family import Base

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reflow.config import Train
+from reflow.settings import Train
 from reflow.errors import UserError
 from reflow.training import optimizers
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.delta import student_metadata

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from reflow.config import Train
+from reflow.settings import Train
 from reflow.errors import UserError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reflow import config
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.training import stages

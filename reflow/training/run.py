@@ -11,7 +11,7 @@ import torch.distributed as dist
 from reflow_kernels import backend_report
 
 from reflow import config
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.data.cache import CachedDataset
 from reflow.data.latents import LatentDataset, encode_digits
 from reflow.errors import UserError

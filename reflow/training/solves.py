@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.errors import UserError

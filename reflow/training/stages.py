@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reflow.config import Recipe, Stage
+from reflow.settings import Recipe, Stage
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
 

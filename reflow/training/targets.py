@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from reflow_kernels import AlignedVLoss, window_chord
 
-from reflow.config import Objective
+from reflow.settings import Objective
 from reflow.flow import ChordTable, objective, snap
 
 

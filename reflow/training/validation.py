@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from reflow.config import Recipe
+from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, WindowSolver, network_time
