@@ -118,7 +118,9 @@ class CachedDataset:
         caption = self.caption_of[items]
         rows = Conditioning(self.hidden.rows(caption), self.pooled.rows(caption) if self.pooled else None,
                             self.time_ids.rows(items) if self.time_ids else None)
-        if dropped is None:
-            return rows
-        null = replace(self.null.select(torch.zeros_like(items)), time_ids=rows.time_ids)
-        return null.where(dropped, rows)
+        return rows if dropped is None else self.null_rows(items).where(dropped, rows)
+
+    def null_rows(self, items: torch.Tensor) -> Conditioning:
+        """The null prompt [B] of items, with each image's own time ids where the family has them."""
+        ids = self.time_ids.rows(items) if self.time_ids else None
+        return replace(self.null.select(torch.zeros_like(items)), time_ids=ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,7 +37,12 @@ class LatentDataset:
     def conditioning(self, items: torch.Tensor, dropped: torch.Tensor | None = None) -> Conditioning:
         """Captions of the items [B]; where `dropped` [B] bool is set, the null prompt."""
         rows = self.captions.select(self.caption_of[items])
-        return rows if dropped is None else self.null.select(torch.zeros_like(items)).where(dropped, rows)
+        return rows if dropped is None else self.null_rows(items).where(dropped, rows)
+
+    def null_rows(self, items: torch.Tensor) -> Conditioning:
+        """The null prompt [B] of items, with each image's own time ids where the family has them."""
+        ids = self.captions.time_ids
+        return replace(self.null.select(torch.zeros_like(items)), time_ids=None if ids is None else ids[self.caption_of[items]])
 
 
 def encode_digits(base: Base, *, batch: int = 256) -> LatentDataset:

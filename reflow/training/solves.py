@@ -68,9 +68,9 @@ class Solver:
         with torch.no_grad():
             z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
             if z_start is not None:
-                z_end = self.solve(z_start, window, self.teacher_rows(taught))
+                z_end = self.solve(z_start, window, self.teacher_rows(taught, items))
             else:
-                z_start, z_end = self.from_noise(noise, window, self.teacher_rows(taught))
+                z_start, z_end = self.from_noise(noise, window, self.teacher_rows(taught, items))
         return Solved(z_start, z_end, window, student)
 
     def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> torch.Tensor:
@@ -94,12 +94,10 @@ class Solver:
             ends = torch.where(here, z, ends)
         return starts, ends
 
-    def teacher_rows(self, conditioning: Conditioning) -> Conditioning:
-        """Conditioning of the teacher's rows in its dtype; with guidance the null prompt's rows come first."""
+    def teacher_rows(self, conditioning: Conditioning, items: torch.Tensor) -> Conditioning:
+        """Conditioning of the teacher's rows in its dtype; with guidance the items' null rows come first."""
         if self.flow.solver.guidance_scale is not None:
-            rows = len(conditioning)
-            null = self.data.null.select(torch.zeros(rows, dtype=torch.long)).to(self.device, torch.float32)
-            conditioning = null.cat(conditioning)
+            conditioning = self.data.null_rows(items).to(self.device, torch.float32).cat(conditioning)
         return conditioning.to(self.device, self.dtype)
 
 

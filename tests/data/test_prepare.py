@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reflow.data import digits, sources
+from reflow.data import digits, latents, sources
 from reflow.data.cache import CachedDataset
 from reflow.data.prepare import Preparation
 from reflow.errors import UserError
@@ -161,3 +161,14 @@ def test_training_runs_from_the_cache(base, tmp_path):
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
     assert losses and all(np.isfinite(losses))
+
+
+def test_null_rows_keep_each_images_own_time_ids(base, tmp_path):
+    folder = scans(tmp_path / "data", 2)
+    Image.new("L", (40, 20), "white").save(folder / "001.png")
+    prepared(base, folder, tmp_path / "out")
+    cached, scan = CachedDataset(tmp_path / "out", base), latents.encode_digits(base)
+    for data, sizes in ((cached, [[16, 16, 0, 0, 16, 16], [20, 40, 0, 8, 16, 16]]), (scan, [[16, 16, 0, 0, 16, 16]] * 2)):
+        rows = data.null_rows(torch.arange(2))
+        assert rows.time_ids.tolist() == sizes and torch.equal(rows.time_ids, data.conditioning(torch.arange(2)).time_ids)
+        assert not rows.encoder_hidden_states.any() and torch.equal(rows.text_embeds, data.null.text_embeds.expand(2, -1))
