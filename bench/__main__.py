@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from reflow.errors import UserError
+
 # command -> (module, what it does); modules are imported only when their command runs.
 COMMANDS = {
     "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),
@@ -23,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             importlib.import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
-    return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+    try:
+        return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
