@@ -21,6 +21,9 @@ class Model(Section):
     family: str = "digits"
     base: str = "builtin"
     student_weights: str = ""
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: NonNegativeFloat = 0.0
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Data(Section):
@@ -102,11 +105,17 @@ class Stage(Section):
     teacher: Literal["root", "previous"] = "root"
     half: Literal["both", "noisy", "clean"] = "both"
     pairs: NonNegativeInt = 0
+    pairs_from: str = ""
     chords_per_solve: PositiveInt = 1
     learning_rate: PositiveFloat | None = None
     loss: Loss | None = None
     direction_weight: NonNegativeFloat | None = None
     warmup: NonNegativeInt | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the stage trains on pairs that were solved before it."""
+        return bool(self.pairs or self.pairs_from)
 
     @property
     def edges(self) -> tuple[float, ...]:

@@ -24,7 +24,8 @@ from reflow.training.checkpoint import Checkpoints, save_weights
 from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
 from reflow.training.progress import Progress
-from reflow.training.solves import PairStore, Solved, Solver
+from reflow.training.pairs import PairStore, reuse
+from reflow.training.solves import Solved, Solver
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
 
@@ -119,7 +120,7 @@ class Loop:
         validation = Validation(recipe, flow, self.base, solver, self.run_dir, self.log)
         if resume is None:
             validation.check_start(student.eval(), before)
-        source = self.stored_pairs(flow, solver, stage.pairs) if stage.pairs else solver
+        source = self.stored_pairs(flow, solver) if stage.stored else solver
         validation.solve_fixed()
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
@@ -137,7 +138,7 @@ class Loop:
             rate = optimizers.learning_rate(recipe.stage_value(index, "train", "learning_rate"), train.schedule,
                                             recipe.stage_value(index, "train", "warmup"), total, done, train.batch_size)
             for samples in rows:
-                with clock.part("data" if stage.pairs else "teacher"):
+                with clock.part("data" if stage.stored else "teacher"):
                     solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
                 self.micro_step(engine, flow, solved, samples, rate, meter, clock, step)
             ema.update(decay(train.ema_half_life, train.batch_size, step, train.ema_warmup))
@@ -173,8 +174,11 @@ class Loop:
         if leave and index + 1 < len(recipe.stages):
             raise Leave(f"stage {index + 1} is finished.")
 
-    def stored_pairs(self, flow: stages.StageFlow, solver: Solver, count: int) -> PairStore:
-        """The stage's pair store, filled by all ranks and read by each."""
+    def stored_pairs(self, flow: stages.StageFlow, solver: Solver) -> PairStore:
+        """The stage's pair store, filled by all ranks and read by each, or the one that the recipe names."""
+        count = flow.stage.pairs
+        if flow.stage.pairs_from:
+            return reuse(pathlib.Path(flow.stage.pairs_from), solver, count)
         store = PairStore(self.run_dir / f"stage-{flow.index}" / "pairs", solver, count)
         bar = Progress(f"stage {flow.index + 1}, solving pairs", count, 0, self.rank == 0)
         finished = store.fill(lambda n: bar.advance(n * self.world), lambda: self.signals.asked)
@@ -182,8 +186,7 @@ class Loop:
         if self.signals.agree()[0] or not finished:
             raise Leave(f"stage {flow.index + 1} has solved a part of its pairs.")
         dist.barrier()
-        store.load()
-        return store
+        return store.load()
 
     def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,
                    clock: Clock, step: int) -> None:

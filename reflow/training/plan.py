@@ -24,7 +24,7 @@ def describe(recipe: Recipe) -> str:
     for i, stage in enumerate(recipe.stages):
         flow = stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, torch.device("cpu"))
         per_sample, solves = evaluations_per_sample(recipe, i, flow)
-        kind = "stored pairs" if stage.pairs else "solved as it goes"
+        kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
                      f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample")
     lines.append("expected memory a rank (weights, gradients, optimizer, EMA, teacher; activations come on top):")
@@ -37,7 +37,7 @@ def describe(recipe: Recipe) -> str:
 def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -> tuple[float, int]:
     """(network rows of the teacher a student sample, windows that are solved) of a stage. Starts from noise pay for the way there."""
     stage = recipe.stages[index]
-    solves = stage.pairs or -(-stage.samples // stage.chords_per_solve)
+    solves = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
     windows = 1 if recipe.objective.starts == "data" else int(flow.active.max()) + 1
     return solves * windows * flow.solver.evaluations / stage.samples, solves
 

@@ -18,7 +18,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
-from reflow.training import engine, loop, stages
+from reflow.training import engine, loop, networks, stages
 from reflow.training.checkpoint import write_atomic
 
 
@@ -59,9 +59,18 @@ def be_deterministic(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted and torch.cuda.is_available(), warn_only=True)
 
 
-def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
-    """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
-    open_run_dir(run_dir, recipe, allow_config_change)
+def load_base(recipe: Recipe, device: torch.device) -> Base:
+    """The recipe's base in fp32; the UNet of a LoRA recipe, which is never trained itself, at once in the teacher's precision."""
+    family = registry.family(recipe.model.family)
+    if not recipe.model.lora_rank:
+        return family.load(recipe.model.base, device=device)
+    base = family.load(recipe.model.base, device=device, parts=("vae", "text"))
+    base.unet = family.load(recipe.model.base, device=device, dtype=networks.solver_dtype(recipe), parts=("unet",)).unet
+    return base
+
+
+def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset]:
+    """Join the other ranks and load what the recipe names: this rank's device, the base model and the data. Nothing is written."""
     device = engine.init_distributed()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
@@ -70,12 +79,17 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     for op, backend, reason in backend_report(device):
         if backend == "none":
             raise UserError(f"The fused op {op} cannot run on {device}: {reason}")
-    family = registry.family(recipe.model.family)
-    base = family.load(recipe.model.base, device=device)
+    base = load_base(recipe, device)
     stages.check_compatible(recipe, base.prediction_type)
     for i in range(len(recipe.stages)):
         stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
-    data = load_data(recipe, base)
+    return device, base, load_data(recipe, base)
+
+
+def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
+    """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
+    open_run_dir(run_dir, recipe, allow_config_change)
+    device, base, data = begin(recipe)
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / "recipe.toml", config.dump(recipe))

@@ -1,25 +1,17 @@
-"""From data to solved windows: noised real latents (or noise) in, (z_start, z_end) out. Solves may be stored and used again."""
+"""From data to solved windows: noised real latents (or noise) in, (z_start, z_end) out."""
 
 from __future__ import annotations
 
-import os
-import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
-from reflow.errors import UserError
 from reflow.flow.captured import CapturedSolve
 from reflow.models.family import Conditioning, denoise
 from reflow.training.stages import StageFlow
-
-CHUNK = 512
 
 
 @dataclass
@@ -99,50 +91,3 @@ class Solver:
         if self.flow.solver.guidance_scale is not None:
             conditioning = self.data.null_rows(items).to(self.device, torch.float32).cat(conditioning)
         return conditioning.to(self.device, self.dtype)
-
-
-class PairStore:
-    """Solved pairs on disk, in chunks that appear whole: solve once, train many cheap steps. Ranks share the work and read all of it."""
-
-    def __init__(self, folder: pathlib.Path, solver: Solver, count: int) -> None:
-        self.folder, self.solver, self.count = folder, solver, count
-        self.chunks = [list(range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)]
-
-    def fill(self, progress: Callable[[int], None], stop: Callable[[], bool] = lambda: False) -> bool:
-        """Solve what is missing; a killed run goes on where it was. False if `stop` asked to leave before the end."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        batch = self.solver.recipe.teacher.batch_size
-        for c in range(rank, len(self.chunks), world):
-            path = self.folder / f"pairs-{c:05d}.safetensors"
-            if not path.exists():
-                if stop():
-                    return False
-                parts = [self.solver(self.chunks[c][i:i + batch]) for i in range(0, len(self.chunks[c]), batch)]
-                tensors = {name: torch.cat([getattr(p, name) for p in parts]).cpu().contiguous() for name in ("z_start", "z_end")}
-                if not all(torch.isfinite(t).all() for t in tensors.values()):
-                    raise UserError(f"The teacher's solve of pairs {self.chunks[c][0]} to {self.chunks[c][-1]} is not finite; check the base "
-                                    f"model's weights, or write teacher.precision = 'fp32'.")
-                temporary = path.with_name(f".{path.name}.tmp")
-                save_file(tensors, str(temporary))
-                os.replace(temporary, path)
-            progress(len(self.chunks[c]))
-        return True
-
-    def load(self) -> None:
-        """Map all chunks into memory and draw again which item, window and dropped caption each pair has."""
-        parts = [load_file(str(self.folder / f"pairs-{c:05d}.safetensors")) for c in range(len(self.chunks))]
-        self.z_start = torch.cat([p["z_start"] for p in parts])
-        self.z_end = torch.cat([p["z_end"] for p in parts])
-        if len(self.z_start) != self.count:
-            raise UserError(f"{self.folder} holds {len(self.z_start)} pairs and the stage asks for {self.count}; remove that folder to solve them again.")
-        drawn = [self.solver.inputs(chunk) for chunk in self.chunks]
-        self.items, self.dropped = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
-
-    def __call__(self, indices: list[int]) -> Solved:
-        """Pairs for the given global solve indices; every epoch over the store visits each pair once, in an order of its own."""
-        recipe, flow, device = self.solver.recipe, self.solver.flow, self.solver.device
-        rows = torch.tensor([sampler.item_of(recipe.train.seed, 128 + flow.index, i, self.count) for i in indices])
-        conditioning = self.solver.data.conditioning(self.items[rows], self.dropped[rows]).to(device, torch.float32)
-        return Solved(self.z_start[rows].to(device, non_blocking=True), self.z_end[rows].to(device, non_blocking=True),
-                      flow.window_of(rows.to(device)), conditioning)

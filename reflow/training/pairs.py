@@ -1,0 +1,191 @@
+"""Solved windows kept on disk: solve once, train many cheap steps, in this run or in later ones (`reflow prepare --pairs`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from reflow.data import sampler
+from reflow.errors import UserError
+from reflow.training.solves import Solved, Solver
+
+CHUNK = 512
+MANIFEST = "pairs.json"
+TENSORS = ("z_start", "z_end", "item", "dropped", "window")
+
+
+def describe(solver: Solver) -> dict[str, Any]:
+    """What decides the pairs that a solver makes: two stores with equal descriptions hold pairs of the same distribution."""
+    recipe, flow = solver.recipe, solver.flow
+    told = {
+        "boundaries": list(flow.stage.edges),
+        "trained windows": flow.active.tolist(),
+        "solver_steps": flow.stage.solver_steps,
+        "teacher": flow.stage.teacher,
+        "teacher.method": recipe.teacher.method,
+        "teacher.guidance_scale": recipe.teacher.guidance_scale,
+        "teacher.drops_captions": recipe.teacher.drops_captions,
+        "teacher.precision": recipe.teacher.precision,
+        "data.caption_drop": recipe.data.caption_drop,
+        "objective.starts": recipe.objective.starts,
+        "items of the data": len(solver.data),
+        "teacher's weights": digest(v for k, v in solver.teacher.state_dict().items() if "lora_" not in k),
+        "data": digest(_tensors(solver)),
+    }
+    if flow.stage.teacher == "previous":
+        told["student.prediction_type"] = recipe.student.prediction_type
+        told["student.network_time"] = recipe.student.network_time
+    return told
+
+
+def _tensors(solver: Solver) -> list[torch.Tensor]:
+    """Latent and conditioning of the first and the last item."""
+    found = []
+    for item in (torch.tensor([0]), torch.tensor([len(solver.data) - 1])):
+        rows = solver.data.conditioning(item)
+        found += [solver.data.latent(item), rows.encoder_hidden_states, rows.text_embeds, rows.time_ids]
+    return [t for t in found if t is not None]
+
+
+def digest(tensors: Any) -> str:
+    """Hash of the shapes of tensors and of up to 4096 evenly spaced elements of each: quick for billions of parameters."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        total.update(str(tuple(tensor.shape)).encode())
+        total.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+class PairStore:
+    """A folder of solved pairs in chunks that appear whole. Ranks share the work and map all of it into memory.
+
+    count: pairs in the store. With one `solver` the store is filled, continued after a kill, and read by global solve index.
+    """
+
+    def __init__(self, folder: pathlib.Path, solver: Solver, count: int) -> None:
+        self.folder, self.solver, self.count = folder, solver, count
+        self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+
+    def path(self, chunk: int) -> pathlib.Path:
+        return self.folder / f"pairs-{chunk:05d}.safetensors"
+
+    def fill(self, progress: Callable[[int], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Solve what is missing; a killed run goes on where it was. False if `stop` asked to leave before the end."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batch = self.solver.recipe.teacher.batch_size
+        for c in range(rank, len(self.chunks), world):
+            if not self.path(c).exists():
+                if stop():
+                    return False
+                self._write(c, [self._solve(list(self.chunks[c][i:i + batch])) for i in range(0, len(self.chunks[c]), batch)])
+            progress(len(self.chunks[c]))
+        return True
+
+    def _solve(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        items, dropped, _ = self.solver.inputs(indices)
+        solved = self.solver(indices)
+        return {"z_start": solved.z_start, "z_end": solved.z_end, "item": items, "dropped": dropped, "window": solved.window}
+
+    def _write(self, chunk: int, parts: list[dict[str, torch.Tensor]]) -> None:
+        tensors = {name: torch.cat([p[name].cpu() for p in parts]).contiguous() for name in TENSORS}
+        if not all(torch.isfinite(tensors[name]).all() for name in ("z_start", "z_end")):
+            raise UserError(f"The teacher's solve of pairs {self.chunks[chunk][0]} to {self.chunks[chunk][-1]} is not finite; check the base "
+                            f"model's weights, or write teacher.precision = 'fp32'.")
+        temporary = self.path(chunk).with_name(f".{self.path(chunk).name}.tmp")
+        save_file(tensors, str(temporary))
+        os.replace(temporary, self.path(chunk))
+
+    def load(self) -> PairStore:
+        """Map all chunks into memory; rows are read from disk when they are asked for."""
+        self.parts = []
+        for c, rows in enumerate(self.chunks):
+            try:
+                part = load_file(str(self.path(c)))
+                if set(part) != set(TENSORS) or len(part["z_end"]) != len(rows):
+                    raise ValueError(f"it holds {len(part['z_end'])} pairs instead of {len(rows)}")
+            except Exception as error:
+                raise UserError(f"The stored pairs in {self.path(c)} cannot be used ({error}); remove that file, and the command that wrote "
+                                f"it solves them again.") from error
+            self.parts.append(part)
+        return self
+
+    def rows(self, name: str, pairs: torch.Tensor) -> torch.Tensor:
+        """Rows [B, ...] of one tensor for pair numbers [B], on the CPU."""
+        return torch.stack([self.parts[p // CHUNK][name][p % CHUNK] for p in pairs.tolist()])
+
+    def __call__(self, indices: list[int]) -> Solved:
+        """Pairs for the given global solve indices; every epoch over the store visits each pair once, in an order of its own."""
+        recipe, flow, device = self.solver.recipe, self.solver.flow, self.solver.device
+        pairs = torch.tensor([sampler.item_of(recipe.train.seed, 128 + flow.index, i, self.count) for i in indices])
+        conditioning = self.solver.data.conditioning(self.rows("item", pairs), self.rows("dropped", pairs)).to(device, torch.float32)
+        return Solved(self.rows("z_start", pairs).to(device, non_blocking=True), self.rows("z_end", pairs).to(device, non_blocking=True),
+                      self.rows("window", pairs).to(device), conditioning)
+
+
+def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
+    """A store of its own that later runs may name as `pairs_from`. The same call goes on after a kill.
+
+    Raises UserError for a folder that holds something else or pairs of another teacher, data or stage.
+    """
+    manifest = folder / MANIFEST
+    told = {"pairs": count, "seed": solver.recipe.train.seed, "stage": solver.flow.index, "settings": describe(solver)}
+    if manifest.exists():
+        differing = differences(read_manifest(folder), told)
+        if differing:
+            raise UserError(f"{folder} holds pairs of other settings ({'; '.join(differing)}); give another --out.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} is not empty and holds no stored pairs; give a new folder.")
+    elif dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{MANIFEST}.tmp"
+        temporary.write_text(json.dumps(told, indent=1))
+        os.replace(temporary, manifest)
+    dist.barrier()
+    return PairStore(folder, solver, count)
+
+
+def reuse(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
+    """The first `count` pairs (0: all) of a finished store for another run's stage. Raises UserError naming each setting that differs."""
+    made = read_manifest(folder)
+    differing = differences(made, {**made, "settings": describe(solver)})
+    if differing:
+        raise UserError(f"The pairs in {folder} do not fit stage {solver.flow.index + 1}: {'; '.join(differing)} (there -> here). Change the "
+                        f"recipe, or solve new ones with `reflow prepare --pairs`.")
+    if count > made["pairs"]:
+        raise UserError(f"{folder} holds {made['pairs']} pairs and the stage asks for {count}; write pairs = {made['pairs']} or less.")
+    store = PairStore(folder, solver, made["pairs"])
+    missing = [c for c in range(len(store.chunks)) if not store.path(c).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of its {len(store.chunks)} chunks; run the same `reflow prepare --pairs` again, it "
+                        f"solves what is missing.")
+    store.load()
+    store.count = count or store.count
+    return store
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no folder of stored pairs: {folder / MANIFEST} is missing or not readable. Write the --out of "
+                        f"`reflow prepare --pairs`.") from error
+
+
+def differences(made: dict[str, Any], told: dict[str, Any]) -> list[str]:
+    """Settings that differ, as 'name: there -> here'."""
+    a, b = ({**{k: v for k, v in d.items() if k != "settings"}, **d["settings"]} for d in (made, told))
+    return [f"{k}: {_short(a.get(k))} -> {_short(b.get(k))}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]
+
+
+def _short(value: Any) -> str:
+    return value[:8] if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -1,0 +1,66 @@
+"""Solved pairs that outlive their run: other recipes train on them without a teacher, and only where they fit."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from reflow.errors import UserError
+from reflow.training import run, solve_pairs
+
+ONE = ("train.batch_size=8", "train.micro_batch=8", "validate.every=0")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    recipe = tiny.recipe(folder, *ONE)
+    assert solve_pairs.solve(recipe, 1, 24, folder / "pairs") == 24
+    return recipe, folder / "pairs"
+
+
+def student(folder, *overrides):
+    recipe = tiny.recipe(folder, *ONE, "stages.0.samples=24", *overrides)
+    run.train(recipe.model_copy(update={"stages": recipe.stages[:1]}), folder / "run")
+    return load_file(folder / "run" / "stage-0" / "unet_ema.safetensors")
+
+
+def test_pairs_of_another_command_train_like_pairs_of_the_run(store, tmp_path):
+    """Same seed and stage: the very same weights. Another seed and objective: another student, no solve at all."""
+    own = student(tmp_path / "own", "stages.0.pairs=24")
+    read = student(tmp_path / "read", f"stages.0.pairs_from={store[1]}")
+    assert all(torch.equal(own[k], read[k]) for k in own)
+    other = student(tmp_path / "other", f"stages.0.pairs_from={store[1]}", "stages.0.pairs=16", "train.seed=7", "objective.loss=mse")
+    assert any(not torch.equal(own[k], other[k]) for k in own)
+    assert [p.parent.parent.parent.name for p in tmp_path.glob("*/run/stage-0/pairs")] == ["own"]
+    records = map(json.loads, (tmp_path / "read" / "run" / "log.jsonl").read_text().splitlines())
+    assert {r["seconds"].get("teacher", 0) for r in records if r["event"] == "train"} == {0}
+
+
+@pytest.mark.parametrize("override, named", [
+    ("stages.0.solver_steps=2", "solver_steps: 1 -> 2"), ("teacher.guidance_scale=2.0", "teacher.guidance_scale: 1.0 -> 2.0"),
+    ("stages.0.windows=8", "boundaries"), ("stages.0.pairs=25", "24 pairs"),
+])  # fmt: skip
+def test_pairs_that_do_not_fit_are_refused_by_name(store, tmp_path, override, named):
+    with pytest.raises(UserError, match=named.replace("0.", "0[.]")):
+        student(tmp_path, f"stages.0.pairs_from={store[1]}", override)
+
+
+def test_a_killed_solve_goes_on_and_a_damaged_chunk_is_named(store, tmp_path):
+    recipe, folder = store
+    chunk = folder / "pairs-00000.safetensors"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="pairs-00000.safetensors"):
+        student(tmp_path, f"stages.0.pairs_from={folder}")
+    chunk.unlink()
+    with pytest.raises(UserError, match="lacks 1 of its 1 chunks"):
+        student(tmp_path / "b", f"stages.0.pairs_from={folder}")
+    solve_pairs.solve(recipe, 1, 24, folder)
+    assert chunk.read_bytes() == whole
+    with pytest.raises(UserError, match="seed: 0 -> 5"):
+        solve_pairs.solve(tiny.recipe(tmp_path, *ONE, "train.seed=5"), 1, 24, folder)
+    with pytest.raises(UserError, match="--run-dir"):
+        solve_pairs.solve(recipe, 2, 8, tmp_path / "c")
