@@ -20,6 +20,9 @@ class Model(Section):
 
     family: str = "digits"
     base: str = "builtin"
+    tokenizer: str = ""
+    config: str = ""
+    prediction_type: Literal["", "epsilon", "v_prediction"] = ""
     student_weights: str = ""
     lora_rank: NonNegativeInt = 0
     lora_alpha: NonNegativeFloat = 0.0
@@ -80,7 +83,7 @@ class Train(Section):
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: NonNegativeInt = 0
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0

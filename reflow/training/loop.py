@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from reflow.settings import Recipe
 from reflow.data import sampler
@@ -19,8 +18,8 @@ from reflow.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.family import Base, denoise
-from reflow.training import optimizers, stages, targets
-from reflow.training.checkpoint import Checkpoints, save_weights
+from reflow.training import networks, optimizers, stages, targets
+from reflow.training.checkpoint import Checkpoints, save_weights, together
 from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
 from reflow.training.progress import Progress
@@ -61,7 +60,7 @@ class Loop:
 
     def __init__(self, recipe: Recipe, run_dir: pathlib.Path, base: Base, data: LatentDataset, device: torch.device,
                  make_unet: Callable[[], torch.nn.Module]) -> None:
-        self.recipe, self.run_dir, self.base, self.data, self.device, self.make_unet = recipe, run_dir, base, data, device, make_unet
+        self.recipe, self.run_dir, self.base, self.data, self.device = recipe, run_dir, base, data, device
         train, world = recipe.train, dist.get_world_size()
         self.rank, self.world = dist.get_rank(), world
         self.schedule = DiscreteVP.from_config(base.scheduler_config)
@@ -69,14 +68,19 @@ class Loop:
         if not self.micro or train.batch_size % (self.micro * world):
             raise UserError(f"train.batch_size = {train.batch_size} cannot be shared by {world} ranks in micro-batches of {train.micro_batch}; "
                             f"make it a multiple of {train.micro_batch * world}.")
+        chords = next((s.chords_per_solve for s in recipe.stages if self.micro % s.chords_per_solve), None)
+        if chords:
+            raise UserError(f"Each of {world} ranks takes micro-batches of {self.micro}, which chords_per_solve = {chords} does not divide; "
+                            f"use fewer ranks, or a train.batch_size of at least {chords * world}.")
         self.accumulation = train.batch_size // (self.micro * world)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
+        self.networks = networks.build(recipe, run_dir, base, device, make_unet)
         self.checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep)
         self.signals = Signals(recipe.checkpoint.minutes)
 
     def run(self) -> int:
         latest = self.checkpoints.latest()
-        first = next((i for i in range(len(self.recipe.stages)) if not self.weights_of(i).exists()), len(self.recipe.stages))
+        first = next((i for i in range(len(self.recipe.stages)) if not self.networks.weights_of(i).exists()), len(self.recipe.stages))
         if latest is not None and int(latest.name.split("-")[1]) != first:
             latest = None
         before = sum(self.steps_of(i) * self.recipe.train.batch_size for i in range(first))
@@ -95,29 +99,15 @@ class Loop:
             self.log.close()
         return 0
 
-    def weights_of(self, stage: int) -> pathlib.Path:
-        """What a finished stage leaves: the EMA of its student, fp32."""
-        return self.run_dir / f"stage-{stage}" / "unet_ema.safetensors"
-
     def steps_of(self, stage: int) -> int:
         return math.ceil(self.recipe.stages[stage].samples / self.recipe.train.batch_size)
-
-    def network(self, weights: pathlib.Path | None) -> torch.nn.Module:
-        """A network of the base's architecture, fp32, with the base's weights or those of a file."""
-        unet = self.make_unet()
-        unet.load_state_dict(self.base.unet.state_dict() if weights is None else load_file(str(weights)))
-        return unet.to(self.device, torch.float32)
 
     def run_stage(self, index: int, before: int, resume: pathlib.Path | None) -> None:
         recipe, train, stage = self.recipe, self.recipe.train, self.recipe.stages[index]
         flow = stages.build(recipe, index, self.schedule, self.base.prediction_type, self.device)
-        start = pathlib.Path(recipe.model.student_weights) if recipe.model.student_weights and not index else None
-        start = self.weights_of(index - 1) if index else start
-        teacher = self.network(self.weights_of(index - 1) if stage.teacher == "previous" else None)
-        teacher.requires_grad_(False).eval().to(solver_dtype(recipe))
-        solver = Solver(recipe, flow, self.data, teacher, self.device)
-        student = self.network(start)
-        validation = Validation(recipe, flow, self.base, solver, self.run_dir, self.log)
+        solver = Solver(recipe, flow, self.data, self.networks.teacher(index), self.device)
+        student = self.networks.student(index)
+        validation = Validation(recipe, flow, self.base, self.networks.root, solver, self.run_dir, self.log)
         if resume is None:
             validation.check_start(student.eval(), before)
         source = self.stored_pairs(flow, solver) if stage.stored else solver
@@ -130,6 +120,9 @@ class Loop:
             state, saved = self.checkpoints.load(resume, engine, ema)
             meter.load_state_dict(saved)
             step = state["step"]
+            if state["how"] != "same layout":
+                self.log.write("resume", before + state["samples"], {"stage": index, "how": state["how"], "ranks": [state["ranks"], self.world],
+                                                                     "zero_stage": [state["zero_stage"], engine.stage]})
         bar = Progress(f"stage {index + 1}/{len(recipe.stages)}, {len(flow.active)} windows", total, step * train.batch_size, self.rank == 0)
         since, excluded = time.monotonic(), 0
         while step < steps:
@@ -154,7 +147,7 @@ class Loop:
                 bar.show(loss=record["loss"])
                 self.stop_if_not_finite(record, excluded, index)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
-                validation.run(engine.state(ema.average), before + done, self.network)
+                validation.run(engine.state(ema.average), before + done, self.networks.averaged)
             leave, due = self.signals.agree()
             if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
                 self.refuse_damaged(engine, index, step)
@@ -166,10 +159,9 @@ class Loop:
         bar.close()
         self.refuse_damaged(engine, index, step)
         averages = engine.state(ema.average)
-        if self.rank == 0:
-            whole = {**{k: v for k, v in self.base.unet.state_dict().items()}, **averages}
-            save_weights(whole, self.weights_of(index), metadata(recipe, index))
-        dist.barrier()
+        target = self.networks.weights_of(index)
+        together(f"The weights of stage {index + 1}", f"Make room for {target} and run the same command: it goes on from the last checkpoint.",
+                 lambda: save_weights(self.networks.to_save(averages), target, metadata(recipe, index)) if self.rank == 0 else None)
         engine.destroy()
         if leave and index + 1 < len(recipe.stages):
             raise Leave(f"stage {index + 1} is finished.")
@@ -227,7 +219,7 @@ class Loop:
 
     def refuse_damaged(self, engine: Engine, stage: int, step: int) -> None:
         """Weights that are not finite never reach a file, so what stands on disk stays good."""
-        damaged = torch.stack([(~torch.isfinite(m)).any() for m in engine.masters]).any().int()
+        damaged = torch.stack([(~torch.isfinite(m)).any() for m in engine.masters]).any().int().to(self.device)
         dist.all_reduce(damaged, op=dist.ReduceOp.MAX)
         if damaged:
             raise UserError(f"The student's weights are not finite after step {step} of stage {stage + 1} and were not saved; the last good "
@@ -237,10 +229,6 @@ class Loop:
 def crossed(done: int, every: int, batch: int) -> bool:
     """Whether the last batch reached or passed a multiple of `every` samples; never for 0."""
     return bool(every) and done // every > (done - batch) // every
-
-
-def solver_dtype(recipe: Recipe) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
 
 
 def metadata(recipe: Recipe, stage: int) -> dict[str, str]:

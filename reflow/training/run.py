@@ -63,9 +63,9 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     """The recipe's base in fp32; the UNet of a LoRA recipe, which is never trained itself, at once in the teacher's precision."""
     family = registry.family(recipe.model.family)
     if not recipe.model.lora_rank:
-        return family.load(recipe.model.base, device=device)
-    base = family.load(recipe.model.base, device=device, parts=("vae", "text"))
-    base.unet = family.load(recipe.model.base, device=device, dtype=networks.solver_dtype(recipe), parts=("unet",)).unet
+        return family.load(registry.base_path(recipe.model), device=device)
+    base = family.load(registry.base_path(recipe.model), device=device, parts=("vae", "text"))
+    base.unet = family.load(registry.base_path(recipe.model), device=device, dtype=networks.solver_dtype(recipe), parts=("unet",)).unet
     return base
 
 

@@ -6,12 +6,12 @@ import pathlib
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
+from reflow.lora_files import stage_file, student_state
 from reflow.settings import Recipe
-from reflow.training import loop, pairs, run, stages
+from reflow.training import networks, pairs, run, stages
 from reflow.training.progress import Progress
 from reflow.training.solves import Solver
 
@@ -30,14 +30,14 @@ def solve(recipe: Recipe, stage: int, count: int, out: pathlib.Path, run_dir: pa
         if run_dir is None:
             raise UserError(f"Stage {stage} of recipe '{recipe.name}' is solved by the student of stage {stage - 1}; give the run that "
                             f"trained it as --run-dir.")
-        weights = run_dir / f"stage-{stage - 2}" / "unet_ema.safetensors"
+        weights = stage_file(run_dir, stage - 2)
         if not weights.is_file():
             raise UserError(f"{weights} is missing: stage {stage - 1} of {run_dir} is not finished.")
     device, base, data = run.begin(recipe)
     flow = stages.build(recipe, stage - 1, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
     if weights is not None:
-        base.unet.load_state_dict(load_file(str(weights)))
-    solver = Solver(recipe, flow, data, base.unet.requires_grad_(False).eval().to(device, loop.solver_dtype(recipe)), device)
+        base.unet.load_state_dict(student_state(base.unet.state_dict(), weights))
+    solver = Solver(recipe, flow, data, base.unet.requires_grad_(False).eval().to(device, networks.solver_dtype(recipe)), device)
     store = pairs.create(out, solver, count)
     bar = Progress(f"solving pairs of stage {stage}", count, 0, dist.get_rank() == 0)
     try:

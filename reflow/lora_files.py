@@ -1,0 +1,89 @@
+"""LoRA files of students: diffusers' own format, and what reads one where a whole student's weights are wanted.
+
+Keys are "unet.<layer>.lora_A.weight" and "...lora_B.weight", as `pipe.load_lora_weights` takes them. alpha / rank is
+in B, so that the file's scale is 1 for every reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from reflow.errors import UserError
+from reflow.states import State, read_state, write_state
+
+WHOLE_FILE, LORA_FILE = "unet_ema.safetensors", "lora_ema.safetensors"
+PREFIX, A, B = "unet.", ".lora_A.weight", ".lora_B.weight"
+
+
+def stage_file(run_dir: Path, stage: int) -> Path:
+    """The weights of a run's stage (from 0): the LoRA file if that is there, else the whole student's."""
+    folder = Path(run_dir) / f"stage-{stage}"
+    return folder / LORA_FILE if (folder / LORA_FILE).is_file() else folder / WHOLE_FILE
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether a .safetensors file holds LoRA weights for a UNet."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            keys = list(file.keys())
+    except Exception as error:
+        raise UserError(f"{path} is damaged or cut short ({error}). Write or download it again.") from error
+    return bool(keys) and all(key.startswith(PREFIX) and key.endswith((A, B)) for key in keys)
+
+
+def lora_state(adapter: State, scale: float) -> dict[str, torch.Tensor]:
+    """An adapter's own state ("<layer>.lora_A.weight") as a file has it; scale is its alpha / rank."""
+    return {PREFIX + key: tensor * scale if key.endswith(B) else tensor for key, tensor in adapter.items()}
+
+
+def adapter_state(state: State, scale: float) -> dict[str, torch.Tensor]:
+    """The inverse of `lora_state`."""
+    return {key.removeprefix(PREFIX): tensor / scale if key.endswith(B) else tensor for key, tensor in state.items()}
+
+
+def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
+    """W + B A per target layer, summed in fp32, each result in the dtype of W. Raises UserError where a layer does not fit."""
+    merged, wrong = dict(base), []
+    for key in (k for k in lora if k.endswith(A)):
+        name = key.removeprefix(PREFIX).removesuffix(A) + ".weight"
+        down, up, weight = lora[key], lora.get(key.removesuffix(A) + B), base.get(name)
+        if up is None or weight is None or (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            wrong.append(name)
+            continue
+        delta = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape).to(weight.device)
+        merged[name] = (weight.float() + delta).to(weight.dtype)
+    if wrong:
+        raise UserError(f"The LoRA does not fit the base: {len(wrong)} layers are missing there or have other shapes, the first is "
+                        f"{wrong[0]}. Give the base that this student was trained from.")
+    return merged
+
+
+def student_state(base: str | Path | State, weights: str | Path | State) -> dict[str, torch.Tensor]:
+    """A whole student's state: `weights` as it is, or a LoRA file merged into the base's UNet. Raises UserError where
+    the two do not fit."""
+    if isinstance(weights, Mapping) or not is_lora(weights):
+        return read_state(weights)
+    return merge_lora(read_state(base), read_state(weights))
+
+
+def kohya_state(lora: State) -> dict[str, torch.Tensor]:
+    """The same LoRA in the names of kohya's scripts, which ComfyUI and AUTOMATIC1111 read (diffusers' converter)."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    return convert_state_dict_to_kohya(dict(lora))
+
+
+def export_lora(weights: str | Path, out: str | Path, *, dtype: str | torch.dtype = "fp32", kohya: bool = False,
+                metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a stage's LoRA as one .safetensors file. Raises UserError for a student that is no LoRA."""
+    if not is_lora(weights):
+        raise UserError(f"{weights} is a whole student and no LoRA, and none is extracted from it; export --format delta instead, or train "
+                        f"with model.lora_rank.")
+    state = read_state(weights)
+    return write_state(kohya_state(state) if kohya else state, out, dtype=dtype, metadata=metadata)
