@@ -30,8 +30,8 @@ SHAPES = ((1,), (63,), (129,), (3, 5, 7), (4, 8, 8), (1, 9, 1), (2, 3, 4, 5))
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced", "channels", "expanded", "offset", "transposed")
 
 
-def for_all(strategy, examples=12):
-    """Run ``check(case, device, backend)`` over a strategy: few fixed examples, and many more under ``--all``."""
+def for_all(strategy, examples=12, always=()):
+    """Run ``check(case, device, backend)`` over a strategy: few fixed examples, and many more under ``--all``; and over ``always``."""
 
     def decorate(check):
         @pytest.mark.parametrize("backend", BACKENDS)
@@ -43,6 +43,8 @@ def for_all(strategy, examples=12):
             chosen = hypothesis.settings.get_profile(profile)
             if profile == "ci":
                 chosen = hypothesis.settings(chosen, max_examples=examples)
+            for case in always:
+                check(case, device, backend)
             chosen(hypothesis.given(strategy)(example))()
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
