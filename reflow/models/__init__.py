@@ -1,6 +1,16 @@
 """Model families: what reflow needs from a diffusers pipeline to train it, and the digits model that it ships."""
 
 from reflow.models.family import Base, Conditioning, Family, denoise
-from reflow.models.registry import FAMILIES, family, family_of
+from reflow.models.registry import FAMILIES, base_path, family, family_of, register
 
-__all__ = ["FAMILIES", "Base", "Conditioning", "Family", "denoise", "family", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Base",
+    "Conditioning",
+    "Family",
+    "base_path",
+    "denoise",
+    "family",
+    "family_of",
+    "register",
+]

@@ -207,14 +207,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base: the pipelines it takes, whether it has pooled text and time ids, and its built-in folder if it
-    has one.
+    """A kind of base: the pipelines it takes, whether it has pooled text and time ids, its built-in folder if it has
+    one, and the class that encodes and decodes (see README.md of this folder).
     """
 
     name: str
     pipelines: tuple[str, ...]
     pooled: bool
     builtin: Path | None = None
+    base: type[Base] = Base
 
     def load(
         self,
@@ -223,12 +224,18 @@ class Family:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         parts: Sequence[str] = PARTS,
+        tokenizer: str = "",
+        config: str = "",
+        prediction_type: str = "",
     ) -> Base:
-        """Read a base from a diffusers folder, a hub repository's name, or "builtin" (the committed digits model).
+        """Read a base from a diffusers folder, a hub repository's name, a single-file checkpoint (.safetensors, .ckpt)
+        or "builtin" (the committed digits model).
 
-        Weights are cast to `dtype`; a VAE that asks for it (`force_upcast`) stays fp32. UserError names the file at
+        Weights are cast to `dtype`; a VAE that asks for it (`force_upcast`) stays fp32. `tokenizer`, `config` and
+        `prediction_type` are for single files: see `reflow.models.single_file.unpack`. UserError names the file at
         fault.
         """
         from reflow.models.folder import load_base
 
-        return load_base(self, path, device=torch.device(device), dtype=dtype, parts=tuple(parts))
+        single = {"tokenizer": tokenizer, "config": config, "prediction_type": prediction_type}
+        return load_base(self, path, device=torch.device(device), dtype=dtype, parts=tuple(parts), single=single)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def load_base(
-    family: Family, path: str | Path, *, device: torch.device, dtype: torch.dtype, parts: Sequence[str]
+    family: Family,
+    path: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Sequence[str],
+    single: Mapping[str, str] | None = None,
 ) -> Base:
-    """`Family.load`, with `builtin` resolved; see there."""
+    """`Family.load`, with `builtin` resolved; `single` holds its options for single files."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ValueError(f"Unknown part {unknown[0]!r} of a base; parts are {', '.join(PARTS)}")
-    folder = _folder(family, path)
+    folder = _folder(family, path, single or {})
     index = read_index(folder)
     if index.get("_class_name") not in family.pipelines:
         raise UserError(
@@ -35,15 +41,15 @@ def load_base(
         )
     encoders = ("text_encoder", "text_encoder_2") if family.pooled else ("text_encoder",)
     tokenizers = ("tokenizer", "tokenizer_2") if family.pooled else ("tokenizer",)
-    configs = {"pipeline": index, "scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
+    configs = {"pipeline": index, "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
     for name in ("unet", "vae", *encoders):
-        configs[name] = _read_json(folder / name / "config.json")
+        configs[name] = read_json(folder / name / "config.json")
     if configs["unet"].get("_class_name") != "UNet2DConditionModel":
         raise UserError(
             f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel."
         )
 
-    base = Base(family=family, path=folder, configs=configs)
+    base = family.base(family=family, path=folder, configs=configs)
     if not parts:
         return base
     quiet_imports()
@@ -64,33 +70,48 @@ def load_base(
     return base
 
 
-def _folder(family: Family, path: str | Path) -> Path:
+def _folder(family: Family, path: str | Path, single: Mapping[str, str]) -> Path:
     if str(path) == "builtin":
         if family.builtin is None:
             raise UserError(
                 f"The family {family.name!r} has no built-in weights. Write the path of a diffusers folder."
             )
+        refuse_options(path, single)
         return family.builtin
-    return find_folder(path)
+    return find_folder(path, single)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json of a diffusers folder. Raises UserError where there is none, or one that cannot be read."""
-    return _read_json(folder / "model_index.json")
+    return read_json(folder / "model_index.json")
 
 
-def find_folder(path: str | Path) -> Path:
-    """The folder at this path, or the download of the hub repository of this name. Raises UserError for neither."""
+def refuse_options(path: str | Path, single: Mapping[str, str]) -> None:
+    """Raises UserError where options for single files are given for something else."""
+    given = [f"{name} = {value!r}" for name, value in single.items() if value]
+    if given:
+        raise UserError(
+            f"{path} is a diffusers folder, which has a tokenizer, configs and a prediction type of its own, so "
+            f"{given[0]} would not be read. Leave that out, or change the folder."
+        )
+
+
+def find_folder(path: str | Path, single: Mapping[str, str] | None = None) -> Path:
+    """The folder at this path, the one that a single-file checkpoint is unpacked into, or the download of the hub
+    repository of this name. `single`: tokenizer, config and prediction_type for a single file. Raises UserError where
+    there is none of them.
+    """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        from reflow.models.single_file import unpack
+
+        return unpack(folder, **(single or {}))
+    if folder.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        refuse_options(path, single or {})
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise UserError(
-            f"{folder} is a file, not a diffusers folder. Convert a single-file checkpoint with "
-            "diffusers' from_single_file(...).save_pretrained(FOLDER) and point at that folder."
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise UserError(f"There is no folder {folder}. Write the path of a diffusers folder.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or folder.suffix in (".safetensors", ".ckpt"):
+        raise UserError(f"There is no folder or file {folder}. Write the path of a diffusers folder or a checkpoint.")
     quiet_imports()
     from diffusers import DiffusionPipeline
 
@@ -105,7 +126,8 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a diffusers folder. Raises UserError that says what is wrong with the folder."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

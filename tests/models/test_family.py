@@ -163,10 +163,10 @@ def test_a_path_that_does_not_exist(tmp_path):
         family("sdxl").load(tmp_path / "nowhere")
 
 
-def test_a_single_file(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file, not a diffusers folder"):
-        family("sd15").load(tmp_path / "model.safetensors")
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "model.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="neither a diffusers folder nor a checkpoint"):
+        family("sd15").load(tmp_path / "model.txt")
 
 
 def test_another_kind_of_pipeline(sd15_folder):
