@@ -15,7 +15,7 @@ def describe(recipe: Recipe) -> str:
     import torch
     from diffusers import UNet2DConditionModel
 
-    base = registry.family(recipe.model.family).load(recipe.model.base, parts=())
+    base = registry.family(recipe.model.family).load(registry.base_path(recipe.model), parts=())
     stages.check_compatible(recipe, base.prediction_type)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.configs["unet"])
