@@ -48,7 +48,7 @@ def adapter_state(state: State, scale: float) -> dict[str, torch.Tensor]:
 
 
 def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
-    """W + B A per target layer, summed in fp32, each result in the dtype of W. Raises UserError where a layer does not fit."""
+    """W + B A per target layer in fp32, the other weights as they are. Raises UserError where a layer does not fit."""
     merged, wrong = dict(base), []
     for key in (k for k in lora if k.endswith(A)):
         name = key.removeprefix(PREFIX).removesuffix(A) + ".weight"
@@ -57,7 +57,7 @@ def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
             wrong.append(name)
             continue
         delta = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape).to(weight.device)
-        merged[name] = (weight.float() + delta).to(weight.dtype)
+        merged[name] = weight.float() + delta
     if wrong:
         raise UserError(f"The LoRA does not fit the base: {len(wrong)} layers are missing there or have other shapes, the first is "
                         f"{wrong[0]}. Give the base that this student was trained from.")

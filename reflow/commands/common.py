@@ -22,6 +22,24 @@ def positive(text: str) -> int:
     return number
 
 
+def single_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a base that is one .safetensors or .ckpt file needs beside it."""
+    group = parser.add_argument_group("for a model that is a single file (.safetensors, .ckpt)")
+    group.add_argument("--tokenizer", default="", metavar="DIR", help="a folder with CLIP's tokenizer: a diffusers folder")
+    group.add_argument("--config", default="", metavar="DIR", help="a folder with its configs (default: SD1.5's or SDXL's)")
+    group.add_argument(
+        "--base-prediction-type",
+        default="",
+        choices=["epsilon", "v_prediction"],
+        help="what its UNet predicts (default: what the file says, else epsilon)",
+    )
+
+
+def single_file_options(args: argparse.Namespace) -> dict[str, str]:
+    """These arguments as the keywords of `Family.load` and `family_of`."""
+    return {"tokenizer": args.tokenizer, "config": args.config, "prediction_type": args.base_prediction_type}
+
+
 def open_run(run_dir: str) -> tuple[pathlib.Path, Recipe]:
     """A run directory and its recipe. Raises UserError where the folder holds no run."""
     folder = pathlib.Path(run_dir)
@@ -35,10 +53,12 @@ def open_run(run_dir: str) -> tuple[pathlib.Path, Recipe]:
 
 
 def student_file(folder: pathlib.Path, recipe: Recipe, stage: int | None) -> pathlib.Path:
-    """The weights of a finished stage (counted from 1; None: the last finished one). Raises UserError where there are
-    none.
+    """The weights of a finished stage (counted from 1; None: the last finished one), a whole student's or a LoRA's.
+    Raises UserError where there are none.
     """
-    files = [folder / f"stage-{i}" / "unet_ema.safetensors" for i in range(len(recipe.stages))]
+    from reflow.lora_files import stage_file
+
+    files = [stage_file(folder, i) for i in range(len(recipe.stages))]
     done = [i + 1 for i, f in enumerate(files) if f.is_file()]
     if not done:
         raise UserError(

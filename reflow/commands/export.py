@@ -1,4 +1,4 @@
-"""`reflow export`: a run's student as a diffusers folder, a single file or delta weights."""
+"""`reflow export`: a run's student as a diffusers folder, a single file, delta weights or a LoRA file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=positive, help="whose student, from 1 (default: the last finished stage)")
     parser.add_argument(
         "--format",
-        choices=["diffusers", "single-file", "delta"],
+        choices=["diffusers", "single-file", "delta", "lora", "lora-kohya"],
         default="diffusers",
         help="a folder that diffusers loads (default), one file with the original checkpoint's names, or the "
-        "difference to the base, for `reflow merge`",
+        "difference to the base, for `reflow merge`; of a LoRA student, the file for pipe.load_lora_weights, or the same "
+        "with kohya's names for ComfyUI and AUTOMATIC1111",
     )
     parser.add_argument(
-        "--dtype", choices=["fp16", "bf16", "fp32"], help="of the written weights (default: fp16; for a delta fp32)"
+        "--dtype", choices=["fp16", "bf16", "fp32"], help="of the written weights (default: fp16; for a delta or LoRA fp32)"
     )
     parser.add_argument(
         "--steps", type=positive, help="steps that a folder is meant to be sampled with (default: one a window)"
@@ -38,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from reflow.states import read_state, refuse_existing
+    from reflow.states import refuse_existing
 
     folder, recipe = open_run(args.run_dir)
     weights = student_file(folder, recipe, args.stage)
@@ -51,30 +52,55 @@ def run(args: argparse.Namespace) -> int:
 
     from reflow.delta import student_metadata, write_delta
     from reflow.export import export_folder, export_single_file
-    from reflow.models import family
+    from reflow.lora_files import export_lora, student_state
+    from reflow.models import base_path, family
 
     settings, stage = reading_of(weights, recipe), stage_of(weights)
     says = student_metadata(
         **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base
     )
-    base = family(recipe.model.family).load(recipe.model.base, parts=())
+    base = family(recipe.model.family).load(base_path(recipe.model), parts=())
     count = len(settings["windows"])
     which = f"stage {stage} of {len(recipe.stages)}, {count} window{'s' * (count != 1)}"
+    if args.format.startswith("lora"):
+        path = export_lora(weights, args.out, dtype=args.dtype or "fp32", kohya=args.format == "lora-kohya", metadata=says)
+        print(f"LoRA of {recipe.name} ({which}) for {recipe.model.base}: {path}")
+        print(lora_scheduler(base.scheduler_config, settings))
+        return 0
+    student = student_state(base.path, weights)
     if args.format == "delta":
-        path = write_delta(base.path, weights, args.out, dtype=args.dtype or "fp32", metadata=says)
+        path = write_delta(base.path, student, args.out, dtype=args.dtype or "fp32", metadata=says)
         print(f"Delta weights of {recipe.name} ({which}) against {recipe.model.base}: {path}")
         return 0
     if args.format == "single-file":
-        path = export_single_file(base.path, weights, args.out, dtype=args.dtype or "fp16", metadata=says)
+        path = export_single_file(base.path, student, args.out, dtype=args.dtype or "fp16", metadata=says)
         print(f"Single file of {recipe.name} ({which}): {path}")
         return 0
     card = card_of(folder, recipe, weights)
     done = export_folder(
-        base.path, read_state(weights), args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card
+        base.path, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card
     )
     print(f"diffusers folder of {recipe.name} ({which}): {done.path}")
     print(scheduler_line(done))
     return 0
+
+
+def lora_scheduler(config: Any, settings: dict[str, Any]) -> str:
+    """What to write in diffusers, so that a pipeline of the base samples with the LoRA as it was trained."""
+    from reflow.export import stock_scheduler
+    from reflow.sampling import PiecewiseFlowScheduler
+
+    windows = len(settings["windows"])
+    if stock_scheduler(PiecewiseFlowScheduler.for_student(config, **settings))[0] is not None:
+        return (
+            f"scheduler, for exactly {windows} steps: DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, "
+            'set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")'
+        )
+    return (
+        "scheduler: reflow.sampling.PiecewiseFlowScheduler.for_student(pipe.scheduler.config, "
+        f"{list(settings['windows'].boundaries)}, prediction_type={settings['prediction_type']!r}, "
+        f"network_time={settings['network_time']!r})"
+    )
 
 
 def scheduler_line(done: Any) -> str:

@@ -8,7 +8,16 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from reflow.commands.common import free_name, open_run, positive, reading_of, stage_of, student_file
+from reflow.commands.common import (
+    free_name,
+    open_run,
+    positive,
+    reading_of,
+    single_file_arguments,
+    single_file_options,
+    stage_of,
+    student_file,
+)
 from reflow.errors import UserError
 
 TEACHER_STEPS = 32
@@ -18,7 +27,15 @@ SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
 def arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run-dir", metavar="DIR", help="a training run: its last finished student")
-    source.add_argument("--model", metavar="DIR", help="a diffusers folder or hub name, or 'builtin' (the digits base)")
+    source.add_argument(
+        "--model",
+        "--base",
+        dest="model",
+        metavar="PATH",
+        help="a base or an exported student: a diffusers folder, single file or hub name, or 'builtin' (the digits "
+        "base)",
+    )
+    single_file_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", type=positive, help="with --run-dir: the student of this stage, from 1")
     which.add_argument(
@@ -26,12 +43,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line; '-' reads standard input")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what guidance moves away from, in all images (default: no text)"
+    )
     parser.add_argument("--count", type=positive, default=1, help="images of each prompt (default: 1)")
     parser.add_argument(
         "--steps", type=positive, help=f"default: one for each window of a student, {TEACHER_STEPS} for a base"
     )
     parser.add_argument(
         "--guidance", default="1", metavar="SCALE", help="one scale, or one for each step as 7.5,4,4 (default: 1, none)"
+    )
+    size = parser.add_argument_group("size, and starting from an image")
+    size.add_argument("--width", type=positive, metavar="PIXELS", help="default: the base's own, or the image's")
+    size.add_argument("--height", type=positive, metavar="PIXELS", help="default: the base's own, or the image's")
+    size.add_argument("--init-image", metavar="FILE", help="change this image instead of starting from noise")
+    size.add_argument(
+        "--strength",
+        type=float,
+        metavar="SHARE",
+        help="with --init-image: the share of the steps that are run, above 0 and up to 1 (default: 0.5)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count on (default: 0)")
     parser.add_argument("--batch-size", type=positive, default=16, help="images drawn at once (default: 16)")
@@ -84,17 +114,41 @@ def find_source(args: argparse.Namespace) -> Source:
         raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
 
     from reflow.delta import student_settings
-    from reflow.models import family, family_of
+    from reflow.models import base_path, family, family_of
     from reflow.states import weight_files
 
     if args.run_dir:
-        base = family(recipe.model.family), recipe.model.base
+        base = family(recipe.model.family), base_path(recipe.model)
         if weights is None:
             return Source(*base, None, {}, f"base of {recipe.name}")
         return Source(*base, weights, reading_of(weights, recipe), f"{recipe.name}, stage {stage_of(weights)}")
-    found, folder = family_of(args.model)
+    found, folder = family_of(args.model, **single_file_options(args))
     files = weight_files(folder / "unet")
-    return Source(found, folder, None, student_settings(files[0]) if files else {}, args.model)
+    settings = student_settings(files[0]) if files else {}
+    return Source(found, folder, None, settings, args.model)
+
+
+def refuse_contradiction(source: Source, config: Any) -> None:
+    """Raises UserError where the scheduler of a student's folder is not that of its weights, which say themselves how
+    they are sampled: the images would be wrong, with no other sign."""
+    from reflow.sampling import PiecewiseFlowScheduler, contradiction
+
+    told, says = [], source.settings
+    if contradiction(config.get("prediction_type"), says["prediction_type"]):
+        told.append(("prediction_type", config["prediction_type"], says["prediction_type"]))
+    if config.get("_class_name") in SCHEDULERS:
+        other = PiecewiseFlowScheduler.from_config(config)
+        if other.config.prediction_type != says["prediction_type"]:
+            told.append(("prediction_type", other.config.prediction_type, says["prediction_type"]))
+        if other.windows != says["windows"]:
+            told.append(("windows", list(other.windows.boundaries), list(says["windows"].boundaries)))
+        if other.config.network_time != says["network_time"]:
+            told.append(("network_time", other.config.network_time, says["network_time"]))
+    for what, scheduler, weights in told[:1]:
+        raise UserError(
+            f"{source.name} contradicts itself: its scheduler_config.json says {what} {scheduler!r}, and its UNet was "
+            f"trained with {weights!r}. Put the scheduler that was exported with these weights back."
+        )
 
 
 def student_scheduler(source: Source, config: Any, steps: int | None) -> tuple[Any, int]:
@@ -102,6 +156,8 @@ def student_scheduler(source: Source, config: Any, steps: int | None) -> tuple[A
     from reflow.sampling import PiecewiseFlowScheduler
 
     if source.settings:
+        if source.weights is None:
+            refuse_contradiction(source, config)
         scheduler = PiecewiseFlowScheduler.for_student(config, **source.settings)
     elif config.get("_class_name") in SCHEDULERS:
         scheduler = PiecewiseFlowScheduler.from_config(config)
@@ -117,6 +173,82 @@ def student_scheduler(source: Source, config: Any, steps: int | None) -> tuple[A
     return scheduler, steps or count
 
 
+def image_size(args: argparse.Namespace, base: Any, picture: Any) -> tuple[int, int] | None:
+    """(height, width) that is asked for, or that of the image to start from, cut to what fits; None: the base's."""
+    if args.width is None and args.height is None:
+        if picture is None:
+            return None
+        cell = base.vae_scale_factor * 2 ** (len(base.configs["unet"]["block_out_channels"]) - 1)
+        return max(picture.height // cell, 1) * cell, max(picture.width // cell, 1) * cell
+    own = base.resolution
+    return args.height or own, args.width or own
+
+
+def open_image(path: str) -> Any:
+    """The picture that --init-image names. Raises UserError where it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).copy()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--init-image {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no image'}); give a "
+            "picture, such as a PNG or JPEG file."
+        ) from error
+
+
+def check_images(args: argparse.Namespace, student: bool) -> None:
+    """Raises UserError for --strength and --init-image that do not go together or with what is sampled."""
+    if args.strength is not None and not args.init_image:
+        raise UserError("--strength belongs to --init-image; give an image, or leave --strength out.")
+    if args.init_image and not student:
+        raise UserError("--init-image is for few-step students; for a base use diffusers' image-to-image pipeline.")
+
+
+def load(source: Source, device: Any, dtype: str) -> Any:
+    """The base with the student's weights in it. Raises UserError where they do not fit."""
+    from reflow.lora_files import student_state
+    from reflow.states import dtype_of
+
+    base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
+    if source.weights is not None:
+        try:
+            base.unet.load_state_dict(student_state(base.unet.state_dict(), source.weights))
+        except RuntimeError as error:
+            raise UserError(
+                f"{source.weights} does not fit the UNet of {source.folder} ({str(error).splitlines()[-1].strip()}); "
+                "the run was trained from another base."
+            ) from error
+    return base
+
+
+def say_cuts(base: Any, prompts: list[str], negative: str | None) -> dict[str, int]:
+    """How many tokens of each prompt are not read; said once on standard error, with what they are, if there are
+    any."""
+    from reflow.sampling.prompts import cut, cut_sentence
+
+    named = {prompt: f"prompt {i + 1}" for i, prompt in enumerate(dict.fromkeys(prompts))}
+    if negative:
+        named.setdefault(negative, "the negative prompt")
+    cuts = {prompt: cut(base.tokenizers, prompt) for prompt in named}
+    told = cut_sentence([(name, cuts[prompt]) for prompt, name in named.items()])
+    if told:
+        print(f"reflow: {told}", file=sys.stderr)
+    return {prompt: lost for prompt, (_, lost, _) in cuts.items()}
+
+
+class StepCount:
+    """A hook of the UNet that shows in the progress bar which step of a batch is running."""
+
+    def __init__(self, bar: Any, steps: int):
+        self.bar, self.steps, self.calls = bar, steps, 0
+
+    def __call__(self, *_: Any) -> None:
+        self.bar.set_postfix_str(f"step {self.calls % self.steps + 1} of {self.steps}", refresh=sys.stderr.isatty())
+        self.calls += 1
+
+
 def run(args: argparse.Namespace) -> int:
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.count)]
     if not 0 <= args.seed < 2**63 - len(prompts):
@@ -128,53 +260,66 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from reflow.quiet import quiet_imports
-    from reflow.states import dtype_of, read_state, refuse_existing
+    from reflow.states import refuse_existing
 
     out = pathlib.Path(args.out) if args.out else free_name("samples")
     refuse_existing(out)
     quiet_imports()
     from reflow.sampling import guidance_scales, sample, sample_teacher
-    from reflow.sampling.pictures import grid, to_pil, write_png
+    from reflow.sampling.pictures import from_pil, grid, to_pil, write_png
+    from reflow.sampling.sampler import first_step, latent_shape
 
-    config = source.family.load(source.folder, parts=()).scheduler_config
-    scheduler, steps = student_scheduler(source, config, args.steps)
-    scales = guidance_scales(args.guidance, steps)
+    config = source.family.load(source.folder, parts=())
+    scheduler, steps = student_scheduler(source, config.scheduler_config, args.steps)
+    check_images(args, scheduler is not None)
+    picture = open_image(args.init_image) if args.init_image else None
+    size, strength = image_size(args, config, picture), 0.5 if args.strength is None else args.strength
+    latent_shape(config, size)
+    scales = guidance_scales(args.guidance, steps - (first_step(scheduler, strength) if picture else 0))
+    if args.negative_prompt is not None and max(scales) <= 1:
+        raise UserError("--negative-prompt does nothing without guidance; add --guidance with a number above 1.")
     if scheduler is None and len(set(scales)) > 1:
         raise UserError(f"--guidance {args.guidance}: a base is guided by one scale at all steps; write one number.")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
-    base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
-    if source.weights is not None:
-        try:
-            base.unet.load_state_dict(read_state(source.weights))
-        except RuntimeError as error:
-            raise UserError(
-                f"{source.weights} does not fit the UNet of {source.folder} ({str(error).splitlines()[-1].strip()}); "
-                "the run was trained from another base."
-            ) from error
+    base = load(source, device, dtype)
+    not_read = say_cuts(base, prompts, args.negative_prompt)
+    null = None if args.negative_prompt is None else base.encode_prompts([args.negative_prompt], size)
+    start = {} if picture is None else {"strength": strength, "init": base.encode_images(from_pil(picture, base, size))}
 
     note = {"model": source.name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
     note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
+    note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
+    note |= {"height": size[0], "width": size[1]} if size else {}
+    note |= {"init_image": args.init_image, "strength": strength} if picture else {}
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
-    few = len(prompts) <= args.batch_size
+    # One batch is over soon, but at a terminal its steps are worth seeing.
+    few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
     # In a log file a line now and then, as in training.
     interval = 0.5 if sys.stderr.isatty() else 20.0
     with tqdm(total=len(prompts), unit=" images", disable=few, dynamic_ncols=True, mininterval=interval) as bar:
+        base.unet.register_forward_pre_hook(StepCount(bar, len(scales)))
         for first in range(0, len(prompts), args.batch_size):
             some = prompts[first : first + args.batch_size]
             seeds = range(args.seed + first, args.seed + first + len(some))
             if scheduler is not None:
-                drawn = sample(base, base.unet, some, steps, seeds, scheduler=scheduler, guidance_scale=scales)
+                drawn = sample(
+                    base, base.unet, some, steps, seeds, scheduler=scheduler, guidance_scale=scales, null=null,
+                    resolution=size, **start,
+                )  # fmt: skip
             else:
-                drawn = sample_teacher(base, base.unet, some, steps, seeds, guidance_scale=scales[0])
+                drawn = sample_teacher(
+                    base, base.unet, some, steps, seeds, guidance_scale=scales[0], null=null, resolution=size
+                )
             if not torch.isfinite(drawn.latents).all():
                 hint = "try --dtype fp32" if dtype != "fp32" else "its weights are damaged, or its scheduler is wrong"
                 raise UserError(f"{source.name} gives values that are not finite at {steps} steps in {dtype}; {hint}.")
             for prompt, seed, image in zip(some, seeds, drawn.images, strict=True):
                 picture = to_pil(image)
-                write_png(picture, out / f"{len(pictures):05d}.png", {"prompt": prompt, "seed": seed, **note})
+                lost = {"tokens_not_read": not_read[prompt]} if not_read[prompt] else {}
+                write_png(picture, out / f"{len(pictures):05d}.png", {"prompt": prompt, "seed": seed, **note, **lost})
                 pictures.append(picture)
             bar.update(len(some))
     how = f"{steps} step{'s' * (steps != 1)} by {source.name}"

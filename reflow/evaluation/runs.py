@@ -14,8 +14,8 @@ from reflow import config
 from reflow.settings import Recipe
 from reflow.errors import UserError
 from reflow.flow import Windows
+from reflow.lora_files import stage_file, student_state
 from reflow.models.family import Base
-from reflow.states import read_state
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Student:
         """A UNet of the base's architecture with the student's weights, fp32, frozen. UserError if they do not fit."""
         unet = type(base.unet).from_config(base.unet.config)
         try:
-            unet.load_state_dict(read_state(self.path))
+            unet.load_state_dict(student_state(base.unet.state_dict(), self.path))
         except UserError:
             raise
         except Exception as error:
@@ -86,11 +86,11 @@ def open_run(folder: str | Path) -> Run:
     students = tuple(
         Student(i, Windows(stage.edges), path, recipe.student.prediction_type, recipe.student.network_time)
         for i, stage in enumerate(recipe.stages)
-        if (path := folder / f"stage-{i}" / "unet_ema.safetensors").is_file()
+        if (path := stage_file(folder, i)).is_file()
     )
     if not students:
         raise UserError(
-            f"--run-dir {folder} has no finished stage yet (there is no stage-0/unet_ema.safetensors); run the "
+            f"--run-dir {folder} has no finished stage yet (there are no weights in stage-0); run the "
             "training command until the first stage is done, then evaluate again."
         )
     return Run(folder, recipe, students)
