@@ -18,7 +18,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.states import State, read_metadata, read_state, write_state
+from reflow.states import State, read_metadata, read_state, weight_files, write_state
 
 PUBLISHED = "delta_weights.safetensors"
 
@@ -30,21 +30,26 @@ class MergeReport:
     matched: list[str] = field(default_factory=list)  # delta added
     mismatched: list[str] = field(default_factory=list)  # shapes differ, custom weight kept, allowed by name
     skipped: list[str] = field(default_factory=list)  # in one of the two only, allowed by name
+    size: float = 0.0  # norm of what was added, relative to that of the weights it was added to
 
     def __str__(self) -> str:
         lines = [
             f"{len(self.matched)} tensors merged, {len(self.mismatched)} of another shape kept, {len(self.skipped)} "
-            "in one model only."
+            "in one model only.",
+            f"The weights changed by {100 * self.size:.3g} % of their size.",
         ]
         lines += [f"  other shape: {key}" for key in self.mismatched] + [f"  one only: {key}" for key in self.skipped]
         return "\n".join(lines)
 
 
 def _delta_file(source: str | Path | State) -> str | Path | State:
-    """PeRFlow's published folders hold the delta under a name of its own."""
-    if not isinstance(source, Mapping) and (Path(source) / PUBLISHED).is_file():
+    """PeRFlow's published folders hold the delta under a name of its own, or as if it were a UNet's weights."""
+    if isinstance(source, Mapping) or not Path(source).is_dir():
+        return source
+    if (Path(source) / PUBLISHED).is_file():
         return Path(source) / PUBLISHED
-    return source
+    files = weight_files(Path(source))
+    return files[0] if len(files) == 1 else source
 
 
 def _examples(keys: Sequence[str]) -> str:
@@ -93,13 +98,18 @@ def student_metadata(
     return settings | {key: str(value) for key, value in more.items()}
 
 
+def delta_metadata(path: str | Path) -> dict[str, str]:
+    """The text metadata of a delta, a .safetensors file or its published folder; {} if it has none."""
+    return read_metadata(_delta_file(path))
+
+
 def student_settings(path: str | Path) -> dict[str, Any]:
     """windows, prediction_type and network_time stored in a .safetensors file, as keyword arguments of export_folder.
 
     {} for files that do not say, as PeRFlow's published deltas: those were trained on 4 uniform windows with
     network_time "perflow".
     """
-    metadata = read_metadata(_delta_file(path))
+    metadata = delta_metadata(path)
     if "windows" not in metadata:
         return {}
     return {
@@ -151,7 +161,12 @@ def merge(
             "as they are."
         )
     merged = dict(custom_state)
+    added = before = 0.0
     for key in report.matched:
         weight = custom_state[key]
-        merged[key] = (weight.float() + scale * delta_state[key].to(weight.device).float()).to(weight.dtype)
+        change = scale * delta_state[key].to(weight.device).float()
+        merged[key] = (weight.float() + change).to(weight.dtype)
+        added += change.norm().item() ** 2
+        before += weight.float().norm().item() ** 2
+    report.size = math.sqrt(added / before) if before else 0.0
     return merged, report

@@ -25,7 +25,7 @@ from reflow.checkpoint_keys import (
     original_unet,
     original_vae,
 )
-from reflow.delta import student_metadata
+from reflow.delta import student_metadata, student_settings
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.model_card import model_card
@@ -139,6 +139,22 @@ def _checked_unet(state: State, config: Mapping[str, Any], dtype: torch.dtype) -
     return ready
 
 
+def _same_reading(source: str | Path | State, scheduler: PiecewiseFlowScheduler) -> None:
+    """Raises UserError where a weights file says itself that its student is sampled in another way."""
+    if isinstance(source, Mapping) or not Path(source).is_file():
+        return
+    config = scheduler.config
+    asked = {"prediction_type": config.prediction_type, "network_time": config.network_time}
+    for key, value in student_settings(source).items():
+        value = value.boundaries if isinstance(value, Windows) else value
+        wanted = scheduler.windows.boundaries if key == "windows" else asked[key]
+        if value != wanted:
+            raise UserError(
+                f"{source} was trained with {key} {value!r}, and is exported as {wanted!r}; its images would be wrong. "
+                "Export it as it was trained: reflow.delta.student_settings reads what the file says."
+            )
+
+
 def _part_files(folder: Path) -> list[tuple[Path, str]]:
     """(file, name to give it) of one part: its configs and one set of weights, safetensors and plain names where there
     is a choice."""
@@ -239,6 +255,7 @@ def export_folder(
         prediction_type=prediction_type,
         network_time=network_time,
     )
+    _same_reading(unet_state, scheduler)
     # Fewer steps than windows are refused here, before anything is written.
     scheduler.set_timesteps(steps or len(scheduler.windows))
     state = _checked_unet(read_state(unet_state), unet_config, dtype_of(dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ def cast(state: State, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one diffusers UNet folder: whole, sharded, or an fp16 variant; [] if there are none."""
+    """The safetensors files of one diffusers UNet folder: whole, sharded, an fp16 variant, or the only other variant
+    (published PeRFlow deltas are "v0-1"); [] if there are none. Raises UserError for several others."""
     for variant in ("", ".fp16"):
         index = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
         whole = folder / f"{WEIGHTS}{variant}.safetensors"
@@ -46,7 +47,14 @@ def weight_files(folder: Path) -> list[Path]:
             return [whole]
         if index.exists():
             return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return []
+    others = sorted(file for file in folder.glob(f"{WEIGHTS}.*.safetensors") if "-of-" not in file.name)
+    if len(others) > 1:
+        raise UserError(f"{folder} holds {len(others)} variants ({_names(others)}); give one of these files.")
+    return others
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

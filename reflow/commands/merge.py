@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import Any
 
-from reflow.commands.common import positive
+from reflow.commands.common import positive, single_file_arguments, single_file_options
 from reflow.errors import UserError
 
 PUBLISHED = (
     "published PeRFlow: --windows 4 --network-time perflow --prediction-type diff_eps for SD1.5, ddim_eps for SDXL"
 )
+
+# Few-step training changes weights by some per cent; the sum of two whole models by about 100.
+LARGEST_CHANGE = 0.5
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +22,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         required=True,
         metavar="DIR",
-        help="diffusers folder or hub name of the base or of a custom fine-tune, or 'builtin' (the digits base)",
+        help="diffusers folder, single file or hub name of the base or of a custom fine-tune, or 'builtin' (the digits "
+        "base)",
     )
+    single_file_arguments(parser)
     parser.add_argument(
-        "--delta", required=True, metavar="FILE", help="delta weights of `reflow export`, or published PeRFlow ones"
+        "--delta",
+        required=True,
+        metavar="FILE",
+        help="delta weights of `reflow export`, or published PeRFlow ones, a file or its folder",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new diffusers folder")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the delta (default: 1)")
@@ -52,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(pathlib.Path(args.out))
     if not pathlib.Path(args.delta).exists():
         raise UserError(f"There is no file {args.delta}; give the --delta that `reflow export --format delta` wrote.")
+    says = delta.delta_metadata(args.delta)
     settings = delta.student_settings(args.delta)
     given = {"windows": args.windows, "prediction_type": args.prediction_type, "network_time": args.network_time}
     settings.update({key: value for key, value in given.items() if value is not None})
@@ -62,17 +72,40 @@ def run(args: argparse.Namespace) -> int:
         )
 
     from reflow.export import export_folder
-    from reflow.models import family_of
+    from reflow.models.digits import BUILTIN
+    from reflow.models.folder import find_folder, read_json
 
-    _, folder = family_of(args.base)
+    # Any pipeline with a UNet of the delta's shape: also inpainting and other kinds that no family trains.
+    folder = BUILTIN if args.base == "builtin" else find_folder(args.base, single_file_options(args))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    same_parameterisation(scheduler.get("prediction_type", "epsilon"), says, settings, args)
     # In fp32, so that the sum is rounded once, to the dtype that is written.
     custom = cast(read_state(folder), torch.float32)
     merged, report = delta.merge(custom, args.delta, args.scale, allow=tuple(args.allow))
+    if report.size > LARGEST_CHANGE:
+        raise UserError(
+            f"{args.delta} would change the weights by {100 * report.size:.0f} % of their size, which few-step "
+            "training does not do; it looks like the weights of a whole model. Give a delta, or a smaller --scale."
+        )
     done = export_folder(folder, merged, args.out, **settings, steps=args.steps, dtype=args.dtype, card=card_of(args))
     print(report)
     print(f"diffusers folder: {done.path}")
     print(scheduler_line(done))
     return 0
+
+
+def same_parameterisation(base: str, says: dict[str, str], settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raises UserError where the delta changes a network of another kind than the base's, whose prediction_type is
+    given, noise- or v-prediction: the sum has the right shapes and makes noise."""
+    from reflow.sampling import contradiction
+
+    trained_on = says.get("base_prediction_type")
+    if (trained_on and trained_on != base) or contradiction(base, settings["prediction_type"]):
+        kind = trained_on or settings["prediction_type"]
+        raise UserError(
+            f"{args.base} is a model with prediction_type {base!r}, and {args.delta} was made for one "
+            f"with {kind!r}; their sum makes noise. Merge into a fine-tune of the model that the delta belongs to."
+        )
 
 
 def card_of(args: argparse.Namespace) -> dict[str, str]:

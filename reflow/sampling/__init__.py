@@ -4,7 +4,7 @@
 from diffusers import SchedulerMixin
 
 from reflow.sampling.guidance import guidance_callback, guidance_scales
-from reflow.sampling.piecewise import PiecewiseFlowScheduler, StepsError
+from reflow.sampling.piecewise import PiecewiseFlowScheduler, StepsError, contradiction
 from reflow.sampling.sampler import Samples, initial_noise, sample, sample_teacher
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Samples",
     "SchedulerMixin",
     "StepsError",
+    "contradiction",
     "guidance_callback",
     "guidance_scales",
     "initial_noise",

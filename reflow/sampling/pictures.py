@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 KEY = "reflow"
 GRID_SIDE = 4096  # pixels, at most
@@ -19,6 +19,20 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     """[c,H,W] in [-1,1], one or three channels, as a picture."""
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def from_pil(picture: Image.Image, base: Any, size: tuple[int, int]) -> torch.Tensor:
+    """[1,c,H,W] in [-1,1] of a picture scaled to (height, width), its middle cut out, in the base's channels.
+
+    Transparent places become white.
+    """
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if base.configs["vae"].get("in_channels", 3) == 1 else "RGB")
+    picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float().div(127.5).sub(1)
+    return pixels.view(size[0], size[1], -1).permute(2, 0, 1)[None]
 
 
 def write_png(picture: Image.Image, path: pathlib.Path, note: Mapping[str, Any]) -> None:

@@ -17,10 +17,25 @@ from reflow.flow.windows import Windows
 NETWORK_TIMES = ("index", "perflow")
 # A diffusers base names its own parameterisation; on a window's chord the same network reads as these.
 FROM_BASE = {"epsilon": "ddim_eps", "v_prediction": "ddim_v"}
+# What the network's output is; a base may become a velocity student, but nothing else changes its kind.
+KINDS = {"ddim_eps": "noise", "diff_eps": "noise", "ddim_v": "v", "velocity": "velocity"}
 
 
 class StepsError(UserError, ValueError):
     """A scheduler setting or a number of steps that cannot work; the sentence says what to write instead."""
+
+
+def contradiction(stored: str | None, asked: str | None) -> str | None:
+    """A sentence if a student of a model whose scheduler config stores one prediction_type cannot be read as the one
+    that is asked for; None where it can, or where one of them is unknown. An eps network read as v, or the reverse,
+    gives noise instead of images, with no other sign."""
+    was, now = (KINDS.get(FROM_BASE.get(name, name)) for name in (stored, asked))
+    if was is None or now is None or was == now or (now == "velocity" and stored in FROM_BASE):
+        return None
+    return (
+        f"prediction_type is asked to be {asked!r}, but the config says {stored!r}, so these weights predict {was} and "
+        f"not {now}. Leave prediction_type out, or give the config that belongs to the weights."
+    )
 
 
 class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -102,7 +117,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; reads configs of PeRFlowScheduler and of any diffusers scheduler with a discrete VP
-        schedule."""
+        schedule. Raises StepsError where a prediction_type is given that contradicts the config's own."""
         if isinstance(config, Mapping):
             config = dict(config)
             if config.get("_class_name") == "PeRFlowScheduler":
@@ -111,6 +126,9 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
                     config["prediction_type"] = "diff_eps"  # the only eps mode of the scheduler's first versions
             if "num_time_windows" in kwargs and "window_boundaries" not in kwargs:
                 config.pop("window_boundaries", None)  # the caller asked for uniform windows
+            problem = contradiction(config.get("prediction_type"), kwargs.get("prediction_type"))
+            if problem:
+                raise StepsError(f"PiecewiseFlowScheduler: {problem}")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod

@@ -36,6 +36,27 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
+# A side in pixels, (height, width), or None: the base's own.
+Resolution = int | tuple[int, int] | None
+
+
+def latent_shape(base: Base, resolution: Resolution = None) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images of this size. Raises UserError for a side that does not fit the UNet."""
+    height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    channels, rows, _ = base.latent_shape(height)
+    return channels, rows, base.latent_shape(width)[2]
+
+
+def first_step(scheduler: PiecewiseFlowScheduler, strength: float) -> int:
+    """The step that image to image starts with, after set_timesteps. Raises UserError where none would be left."""
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength:g}; write a number above 0 (little changes) and up to 1 (all is new).")
+    steps = len(scheduler.timesteps)
+    first = steps - min(int(steps * strength), steps)
+    scheduler.set_begin_index(first)
+    return first
+
+
 # z_start [B,C,h,w], the prompts' conditioning, the null prompt's (None if never guided) -> z at t=0
 Solve = Callable[[torch.Tensor, Conditioning, Conditioning | None], torch.Tensor]
 
@@ -54,17 +75,24 @@ def sample(
     guidance_scale: Guidance = 1.0,
     null: Conditioning | None = None,
     noise: torch.Tensor | None = None,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     batch_size: int | None = None,
     decode: bool = True,
+    init: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> Samples:
     """Draw len(seeds) samples from a few-step student.
 
     Give ``windows`` (their number or the windows; prediction_type None is the base's own) or a ready ``scheduler``.
     guidance_scale is a number or one for each step, as in :func:`guidance_scales`; steps at 1 or below do not compute
-    the unconditional half. ``prompts`` may be a ready Conditioning with one row a seed; ``null`` (one row) then
-    replaces the base's null prompt. ``noise`` [B,C,h,w] replaces the seeds' own. Raises UserError for fewer steps than
-    windows and for prompts and seeds that differ in number.
+    the unconditional half. ``prompts`` may be a ready Conditioning with one row a seed. ``null``, one row for all,
+    replaces the base's null prompt: that of a negative prompt, for example. ``noise`` [B,C,h,w] replaces the seeds'
+    own. ``resolution`` is a side in pixels, or (height, width).
+
+    ``init`` [1,C,h,w], latents scaled as the UNet sees them, starts from an image instead of noise: it is noised to
+    the start of the last int(steps * strength) steps, as in diffusers, and only those are run; guidance_scale then
+    counts from the first step that is run. Raises UserError for fewer steps than windows, for prompts and seeds that
+    differ in number, and for a strength that leaves no step.
     """
     if (windows is None) == (scheduler is None):
         raise ValueError("sample needs either windows or a scheduler, not both")
@@ -72,13 +100,17 @@ def sample(
         scheduler = PiecewiseFlowScheduler.for_student(
             base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time
         )
-    scales = guidance_scales(guidance_scale, steps)
     parameter = next(unet.parameters())
     scheduler.set_timesteps(steps, device=parameter.device)
+    first = 0 if init is None else first_step(scheduler, strength)
+    timesteps = scheduler.timesteps[first:]
+    scales = guidance_scales(guidance_scale, len(timesteps))
 
     def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
         both = null.cat(prompt) if null is not None else None
-        for timestep, scale in zip(scheduler.timesteps, scales, strict=True):
+        if init is not None:
+            z = scheduler.add_noise(init.to(z).expand(z.shape), z, timesteps[:1])
+        for timestep, scale in zip(timesteps, scales, strict=True):
             if scale > 1:
                 output = denoise(unet, torch.cat([z, z]).to(parameter.dtype), timestep.expand(2 * len(z)), both)
                 output = cfg_combine(output.float(), scale)
@@ -115,7 +147,7 @@ def sample_teacher(
     guidance_scale: float = 1.0,
     null: Conditioning | None = None,
     noise: torch.Tensor | None = None,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     batch_size: int | None = None,
     decode: bool = True,
 ) -> Samples:
@@ -175,7 +207,7 @@ def _collect(
     evaluations: int,
     null: Conditioning | None,
     noise: torch.Tensor | None,
-    resolution: int | None,
+    resolution: Resolution,
     batch_size: int | None,
     decode: bool,
 ) -> Samples:
@@ -193,7 +225,7 @@ def _collect(
     size = batch_size or len(seeds)
     for first in range(0, len(seeds), size):
         rows = slice(first, first + size)
-        z = (initial_noise(seeds[rows], base.latent_shape(resolution)) if noise is None else noise[rows]).to(
+        z = (initial_noise(seeds[rows], latent_shape(base, resolution)) if noise is None else noise[rows]).to(
             parameter.device, torch.float32
         )
         prompt = (
@@ -208,7 +240,7 @@ def _collect(
     return Samples(torch.cat(latents), torch.cat(images) if decode else None, evaluations)
 
 
-def _encode(base: Base, prompts: list[str], resolution: int | None) -> Conditioning:
+def _encode(base: Base, prompts: list[str], resolution: Resolution) -> Conditioning:
     """Each different prompt is encoded once."""
     different = list(dict.fromkeys(prompts))
     encoded = base.encode_prompts(different, resolution)
