@@ -16,6 +16,8 @@ from reflow.settings import Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
 FREE_SECTIONS = ("validate", "checkpoint", "log", "name")
+# Keys that decide where the same numbers lie and how a batch is cut; as with the number of ranks, results then agree to rounding.
+FREE_KEYS = ("train.zero_stage", "train.micro_batch", "train.offload", "teacher.offload")
 
 
 def available() -> list[str]:
@@ -169,7 +171,7 @@ def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     flat_old, flat_new = flatten(old.resolved()), flatten(new.resolved())
     keys = sorted(set(flat_old) | set(flat_new))
     return [f"{k}: {flat_old.get(k)!r} -> {flat_new.get(k)!r}" for k in keys
-            if k.split(".")[0] not in FREE_SECTIONS and flat_old.get(k) != flat_new.get(k)]
+            if k.split(".")[0] not in FREE_SECTIONS and k not in FREE_KEYS and flat_old.get(k) != flat_new.get(k)]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

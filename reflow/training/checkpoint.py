@@ -6,13 +6,16 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reflow.errors import UserError
+from reflow.training import shards
 from reflow.training.ema import Ema
 from reflow.training.engine import Engine
 
@@ -32,8 +35,27 @@ def save_weights(state: dict[str, torch.Tensor], path: pathlib.Path, metadata: d
     """A safetensors file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata)
-    os.replace(temporary, path)
+    try:
+        save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata)
+        with open(temporary) as handle:
+            os.fsync(handle.fileno())  # network file systems say only now that they are full
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def together(what: str, advice: str, action: Callable[[], None]) -> None:
+    """Write on every rank that has to. A file that one of them cannot write ends all of them with the same sentence."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    try:
+        action()
+        mine = None
+    except (OSError, SafetensorError) as error:
+        mine = f"rank {dist.get_rank()}: {error}"
+    dist.all_gather_object(said, mine)
+    failed = [text for text in said if text]
+    if failed:
+        raise UserError(f"{what} could not be written ({'; '.join(failed)}). {advice}")
 
 
 class Checkpoints:
@@ -48,48 +70,84 @@ class Checkpoints:
         if not pointer.exists():
             return None
         path = self.folder / pointer.read_text().strip()
-        if not (path / "state.json").is_file() or not (path / "ema.safetensors").is_file():
-            others = sorted(p.name for p in self.folder.glob("stage-*") if (p / "state.json").is_file() and p != path)
+        if not whole(path):
+            others = sorted(p.name for p in self.folder.glob("stage-*") if whole(p) and p != path)
             raise UserError(f"{pointer} names '{path.name}', which is missing or not whole; write the name of another checkpoint into that "
                             f"file ({', '.join(others) or 'there is none: remove the folder ' + str(self.folder) + ' to start over'}).")
         return path
 
-    def save(self, engine: Engine, ema: Ema, telemetry: dict[str, Any], stage: int, step: int, samples: int) -> pathlib.Path:
+    def save(self, engine: Engine, ema: Ema, telemetry: dict[str, torch.Tensor], stage: int, step: int, samples: int) -> pathlib.Path:
         """Write stage-<i>-<samples>; the folder gets its name, and `latest` its new content, after every rank has finished."""
         rank, tag = dist.get_rank(), f"stage-{stage}-{samples:09d}"
-        working = self.folder / f".{tag}.tmp"
-        if rank == 0:
-            shutil.rmtree(working, ignore_errors=True)
+        before = (self.folder / LATEST).read_text() if (self.folder / LATEST).exists() else "the start"
+        working, final = self.folder / f".{tag}.tmp", self.folder / tag
+        contents = engine.contents()
+        needed = sum(t.nbytes for t in (contents or {}).values()) * (dist.get_world_size() if engine.stage else 1)
+        advice = (f"Make room under {self.folder} (a checkpoint takes about {needed / 1e9 + sum(s.numel() for s in engine.shapes.values()) * 4e-9:.2g} "
+                  f"GB, checkpoint.keep = {self.keep} stay) and run the same command: it goes on from {before}.")
+
+        def begin() -> None:
+            for old in self.folder.glob(".stage-*.tmp"):
+                shutil.rmtree(old, ignore_errors=True)
             working.mkdir(parents=True)
-        dist.barrier()
-        engine.save(self.folder, working.name)
-        torch.save(telemetry, working / f"telemetry-{rank}.pt")
-        averages = engine.state(ema.average)
-        if rank == 0:
+
+        def write() -> None:
+            if contents is not None:
+                save_weights(contents, shards.file_of(working, rank), shards.describe(engine.pieces))
+            save_weights(telemetry, working / f"telemetry-{rank}.safetensors", {})
+
+        def finish(averages: dict[str, torch.Tensor]) -> None:
             save_weights(averages, working / "ema.safetensors", {})
-            state = {"stage": stage, "step": step, "samples": samples, "ranks": dist.get_world_size()}
+            state = {"stage": stage, "step": step, "samples": samples, "ranks": dist.get_world_size(),
+                     "shards": dist.get_world_size() if engine.stage else 1, "zero_stage": engine.stage}
             write_atomic(working / "state.json", json.dumps(state))
-        dist.barrier()
-        if rank == 0:
-            shutil.rmtree(self.folder / tag, ignore_errors=True)
-            os.replace(working, self.folder / tag)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(working, final)
             write_atomic(self.folder / LATEST, tag)
             self._prune()
-        dist.barrier()
-        return self.folder / tag
+
+        try:
+            together(f"The checkpoint {final}", advice, begin if rank == 0 else lambda: None)
+            together(f"The checkpoint {final}", advice, write)
+            averages = engine.state(ema.average)
+            together(f"The checkpoint {final}", advice, (lambda: finish(averages)) if rank == 0 else lambda: None)
+        except UserError:
+            if rank == 0:
+                shutil.rmtree(working, ignore_errors=True)
+            raise
+        return final
 
     def _prune(self) -> None:
-        whole = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()), key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
-        for old in whole[:-self.keep]:
+        found = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()), key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
+        for old in found[:-self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, path: pathlib.Path, engine: Engine, ema: Ema) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Put the engine and the EMA where the checkpoint was. Returns its state and this rank's telemetry."""
+    def load(self, path: pathlib.Path, engine: Engine, ema: Ema) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Put the engine and the EMA where the checkpoint was, whatever wrote it. Returns its state (with 'how', see Engine.load) and what
+        this rank's telemetry starts from: its own on as many ranks as before, else all of it on rank 0."""
         state = json.loads((path / "state.json").read_text())
-        if state["ranks"] != dist.get_world_size():
-            raise UserError(f"The checkpoint {path} was written by {state['ranks']} ranks and this run has {dist.get_world_size()}; "
-                            f"start it with {state['ranks']} ranks.")
-        engine.load(path.parent, path.name)
-        ema.masters = engine.masters
-        engine.scatter(load_file(str(path / "ema.safetensors")), ema.average)
-        return state, torch.load(path / f"telemetry-{dist.get_rank()}.pt", weights_only=True)
+        try:
+            state["how"] = engine.load(path)
+            engine.scatter(load_file(str(path / "ema.safetensors")), ema.average)
+            told = [load_file(str(path / f"telemetry-{rank}.safetensors")) for rank in range(state["ranks"])]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The checkpoint {path} is damaged ({error}); remove that folder and write the name of the one before it into "
+                            f"{self.folder / LATEST}.") from error
+        return state, told[dist.get_rank()] if state["ranks"] == dist.get_world_size() else share(told)
+
+
+def whole(path: pathlib.Path) -> bool:
+    """Whether a folder holds all the files of a checkpoint."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return (path / "ema.safetensors").is_file() and all(shards.file_of(path, rank).is_file() for rank in range(state.get("shards", 0) or 1))
+
+
+def share(told: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sums and first bad step of all ranks for rank 0; nothing yet for the others."""
+    every = {key: torch.stack([t[key] for t in told]) for key in told[0]}
+    if dist.get_rank():
+        return {key: torch.full_like(t[0], -1 if key == "bad_step" else 0) for key, t in every.items()}
+    return {key: t.max(0).values if key == "bad_step" else t.sum(0) for key, t in every.items()}

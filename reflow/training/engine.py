@@ -10,7 +10,6 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ import torch.distributed as dist
 
 from reflow.settings import Train
 from reflow.errors import UserError
-from reflow.training import optimizers
+from reflow.training import optimizers, shards
+from reflow.training.shards import Piece, Shards
 
 
 def load_deepspeed() -> Any:
@@ -69,6 +69,10 @@ def config_for(train: Train, accumulation: int, parameters: int, world: int) -> 
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     if train.deepspeed:
         config = overlay(config, read_json(train.deepspeed), train.deepspeed)
+        for part in ("offload_optimizer", "offload_param"):
+            if config["zero_optimization"].get(part, {}).get("device") == "nvme":
+                raise UserError(f"{train.deepspeed}: zero_optimization.{part} on nvme keeps no master weights in memory, which the EMA and "
+                                f"checkpoints need; write device = \"cpu\".")
     return config
 
 
@@ -95,17 +99,6 @@ def overlay(base: dict[str, Any], top: dict[str, Any], where: str) -> dict[str, 
     return merged
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one parameter that this rank holds in fp32: buffer[offset : offset+length] is parameter[start : start+length], flat."""
-
-    name: str
-    buffer: int
-    offset: int
-    start: int
-    length: int
-
-
 class Engine:
     """A student under DeepSpeed: forward, backward, step, its fp32 master weights by name, save and load.
 
@@ -117,15 +110,14 @@ class Engine:
         self.shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
         trainable = [p for p in module.parameters() if p.requires_grad]
         config = config_for(train, accumulation, sum(p.numel() for p in trainable), dist.get_world_size())
-        if train.optimizer != "adamw" and train.offload:
-            raise UserError(f"train.offload = true keeps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
-                            f"offloaded. Write optimizer = 'adamw', or 'paged_adamw8bit' with offload = false.")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=trainable, optimizer=optimizers.build(trainable, train), config=config)
         self.module = self.engine.module
         self.stage = self.engine.zero_optimization_stage()
         self.params = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.masters, self.pieces = self._locate()
+        # ZeRO and the bf16 wrapper keep the recipe's optimizer inside their own.
+        self.base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _locate(self) -> tuple[list[torch.Tensor], list[Piece]]:
         """This rank's fp32 masters and which stretch of which parameter lies where in them."""
@@ -177,7 +169,7 @@ class Engine:
         for piece in self.pieces:
             held.setdefault(piece.name, []).append(piece)
         for name, shape in self.shapes.items():
-            full = torch.zeros(shape.numel(), dtype=torch.float32, device=buffers[0].device)
+            full = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
             for piece in held.get(name, []):
                 full[piece.start:piece.start + piece.length] = buffers[piece.buffer].view(-1)[piece.offset:piece.offset + piece.length]
             if self.stage > 0 and dist.get_world_size() > 1:
@@ -195,22 +187,60 @@ class Engine:
                 source = named[piece.name].reshape(-1)[piece.start:piece.start + piece.length]
                 buffers[piece.buffer].view(-1)[piece.offset:piece.offset + piece.length].copy_(source)
 
-    def save(self, folder: pathlib.Path, tag: str) -> None:
-        """Every rank writes its part of the optimizer and weights to folder/tag."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def contents(self) -> dict[str, torch.Tensor] | None:
+        """What this rank puts into a checkpoint: masters and optimizer states by name. None where another rank holds the same."""
+        return None if self.stage == 0 and dist.get_rank() else shards.collect(self.masters, self._states())
 
-    def load(self, folder: pathlib.Path, tag: str) -> None:
-        """The inverse of `save`; the caller has checked that the folder is whole. Raises UserError where it does not fit."""
-        try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        except Exception as error:
-            raise UserError(f"The checkpoint {folder / tag} cannot be loaded ({type(error).__name__}: {error}). If the number of ranks, "
-                            f"train.zero_stage, train.precision or train.optimizer changed, start with the old ones; otherwise remove "
-                            f"that folder and write the name of the one before it into {folder / 'latest'}.") from error
-        if path is None:
-            raise UserError(f"DeepSpeed found nothing to load in {folder / tag}; remove that folder and write the name of the one before "
-                            f"it into {folder / 'latest'}.")
-        self.masters, self.pieces = self._locate()
+    def load(self, folder: pathlib.Path) -> str:
+        """Read a checkpoint of any number of ranks and any ZeRO stage. Returns how: 'same layout' (equal to the bit), 'other layout'
+        (masters and fp32 moments equal), 'other layout, 8-bit moments rounded again'. Raises UserError where the networks differ."""
+        stored = Shards(folder)
+        self._allocate()
+        shard = 0 if self.stage == 0 else dist.get_rank()
+        with torch.no_grad():
+            if shard < len(stored.files) and stored.fits(shard, self.pieces, shards.collect(self.masters, self._states())):
+                stored.restore(shard, self.masters, self._states())
+                how = "same layout"
+            else:
+                again = stored.convert(self.pieces, self.masters, self._states(), shards.blockwise)
+                how = "other layout, 8-bit moments rounded again" if again else "other layout"
+            self._refresh()
+        return how
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [self.base.state[m] for m in self.masters]
+
+    def _allocate(self) -> None:
+        """Let the optimizer make its states in its own way, by a step over zero gradients; what they hold is overwritten after."""
+        groups = self.base.param_groups
+        kept = [g["params"] for g in groups], [m.grad for m in self.masters]
+        for group in groups:
+            group["params"] = []
+        for master in self.masters:
+            groups[0]["params"], master.grad = [master], torch.zeros_like(master)
+            self.base.step()
+            master.grad = None
+        for group, params in zip(groups, kept[0]):
+            group["params"] = params
+        for master, gradient in zip(self.masters, kept[1]):
+            master.grad = gradient
+
+    def _refresh(self) -> None:
+        """Give the network the weights that its masters have. All ranks call it."""
+        optimizer = self.optimizer
+        if self.stage == 0 and hasattr(optimizer, "fp32_groups"):
+            for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups):
+                for half, master in zip(halves, masters):
+                    half.data.copy_(master.data)
+        elif self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.checkpoint_event_epilogue()
 
     def destroy(self) -> None:
         self.engine.destroy()

@@ -12,19 +12,21 @@ from reflow.errors import UserError
 
 
 def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters. Raises UserError where bitsandbytes is missing."""
+    """The recipe's optimizer over the trainable parameters. Raises UserError where bitsandbytes or a GPU is missing."""
     settings = dict(lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, weight_decay=train.weight_decay)
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        # On the CPU torch's fused form is vectorised and threaded; it needs no compiler, as DeepSpeed's own would.
+        return torch.optim.AdamW(parameters, fused=True if train.offload else None, **settings)
     try:
         import bitsandbytes as bnb
     except ImportError as error:
         raise UserError(f"train.optimizer = '{train.optimizer}' needs the package bitsandbytes, which cannot be imported here ({error}); "
                         f"install it with 'pip install bitsandbytes', or write optimizer = 'adamw'.") from error
-    if train.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
-        raise UserError("train.optimizer = 'paged_adamw8bit' pages its states through CUDA memory and there is no GPU here; "
-                        "write optimizer = 'adamw8bit' or 'adamw'.")
-    return {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[train.optimizer](parameters, **settings)
+    if train.optimizer.startswith("paged") and not torch.cuda.is_available():
+        raise UserError(f"train.optimizer = '{train.optimizer}' pages its states through CUDA memory and there is no GPU here; "
+                        f"write optimizer = 'adamw8bit' or 'adamw'.")
+    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit, "paged_adamw": bnb.optim.PagedAdamW32bit}
+    return kinds[train.optimizer](parameters, **settings)
 
 
 def learning_rate(peak: float, schedule: str, warmup: int, total: int, done: int, batch: int) -> float:

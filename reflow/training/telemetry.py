@@ -66,7 +66,8 @@ class Meter:
         kept = good.double()
         columns = [kept] + [torch.where(good, v.detach().double(), 0.0) for v in (mse, magnitude, cosine)] + [1.0 - kept]
         self.sums.index_add_(0, window, torch.stack(columns, 1))
-        self.loss += torch.stack([loss.detach().double(), torch.ones_like(self.loss[0])])
+        # By rows, so that the average does not depend on how a batch is cut.
+        self.loss += torch.stack([loss.detach().double(), torch.ones_like(self.loss[0])]) * len(window)
         self.bad_step = torch.where((~good).any() & (self.bad_step < 0), torch.full_like(self.bad_step, step), self.bad_step)
 
     def read(self) -> dict[str, Any]:
