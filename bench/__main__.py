@@ -10,6 +10,7 @@ from reflow.errors import UserError
 
 # command -> (module, what it does); modules are imported only when their command runs.
 COMMANDS = {
+    "ops": ("bench.ops", "the four ops against published, eager and compiled code"),
     "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),
     "report": ("bench.report", "write the README's blocks of numbers from bench/results/"),
 }

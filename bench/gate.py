@@ -6,7 +6,7 @@ The error is the largest difference over the largest oracle element, so that one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,32 +39,37 @@ def tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in tensors(item)]
 
 
-def error_of(output: Any, oracle: Any) -> float:
-    """max |output - oracle| / max |oracle| over all tensors, the worst of them. GateError for other shapes or NaNs."""
+def errors_of(output: Any, oracle: Any) -> list[float]:
+    """max |output - oracle| / max |oracle| of every tensor. GateError for other shapes, NaN or infinity."""
     ours, theirs = tensors(output), tensors(oracle)
     if len(ours) != len(theirs):
         raise GateError(f"{len(ours)} tensors came back, the oracle has {len(theirs)}")
-    worst = 0.0
+    errors = []
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if one.shape != other.shape:
             raise GateError(f"tensor {number} has shape {list(one.shape)}, the oracle's has {list(other.shape)}")
         if not one.numel():
+            errors.append(0.0)
             continue
         one, other = one.detach().double(), other.detach().to(one.device).double()
         largest = float(other.abs().max())
         error = float((one - other).abs().max()) / (largest or 1.0)
         if not error < float("inf"):
             raise GateError(f"tensor {number} holds NaN or infinity")
-        worst = max(worst, error)
-    return worst
+        errors.append(error)
+    return errors
 
 
-def check(output: Any, oracle: Any, tolerance: float) -> float:
-    """The error of ``output`` against ``oracle``; GateError where it is above ``tolerance``."""
-    error = error_of(output, oracle)
-    if error > tolerance:
-        raise GateError(f"error {error:.3g} of the oracle's largest element, allowed {tolerance:.3g}")
-    return error
+def check(output: Any, oracle: Any, tolerance: float | Sequence[float]) -> float:
+    """The largest error of ``output`` against ``oracle``; GateError where one is above ``tolerance`` (one for all tensors
+    or one for each)."""
+    errors = errors_of(output, oracle)
+    allowed = [tolerance] * len(errors) if isinstance(tolerance, float | int) else tolerance
+    for number, (error, limit) in enumerate(zip(errors, allowed, strict=True)):
+        if error > limit:
+            where = f" in tensor {number}" if len(errors) > 1 else ""
+            raise GateError(f"error {error:.3g} of the oracle's largest element{where}, allowed {limit:.3g}")
+    return max(errors, default=0.0)
 
 
 def same_bits(first: Any, second: Any) -> bool:
@@ -82,7 +87,7 @@ def copied(value: Any) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors(value)]
 
 
-def judge(run: Callable[[], Any], oracle: Any, tolerance: float) -> Verdict:
+def judge(run: Callable[[], Any], oracle: Any, tolerance: float | Sequence[float]) -> Verdict:
     """Run twice, compare the first with the oracle and the two with each other. Exceptions of ``run`` are failures."""
     try:
         first = copied(run())

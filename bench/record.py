@@ -132,15 +132,19 @@ class Recorder:
 
     def __init__(self, path: Path | str, resume: bool = True, stamp: Mapping[str, Any] | None = None):
         self.path, self.stamp = Path(path), dict(stamp or {})
-        self._done: set[tuple] = set()
+        self._done: dict[tuple, dict[str, Any]] = {}
         if resume and self.path.exists():
             rows = (row for row in read(self.path) if self._same_run(row.get("stamp", {})))
-            self._done = {identity(row) for row in rows if not row.get("failed")}
+            self._done = {identity(row): row for row in rows if not row.get("failed")}
         self._mend()
 
     def done(self, key: Mapping[str, Any]) -> bool:
         """Whether a row with the identity fields of ``key`` is there (missing fields: their defaults)."""
         return identity(key) in self._done
+
+    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row that makes ``key`` done, or None."""
+        return self._done.get(identity(key))
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Append a row, complete it with defaults and the stamp, and return it. ValueError for an unknown field unless
@@ -154,7 +158,7 @@ class Recorder:
         with self.path.open("a") as file:
             file.write(json.dumps(full) + "\n")
         if not full["failed"]:
-            self._done.add(identity(full))
+            self._done[identity(full)] = full
         return full
 
     def _same_run(self, other: Mapping[str, Any]) -> bool:

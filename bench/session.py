@@ -29,19 +29,23 @@ class Peer:
     """One way to do what a cell is about.
 
     run: a call without arguments. oracle: what it must return, None for a peer that computes nothing (an empty kernel).
-    tolerance: allowed error, as in :mod:`bench.gate`. capturable: False for a peer that syncs with the host.
+    tolerance: allowed error, as in :mod:`bench.gate`, one or one for each tensor. capturable: False for a peer that syncs with the host.
     note: what a reader must know, e.g. that it keeps a bf16 state. read: the result to judge, by default what ``run``
     returns. launches: False where counting a call is too expensive. why_absent: a peer that cannot run here, and why.
+    setup: called before ``run`` is captured, on the stream of the capture (the forward of a backward-only peer).
+    facts: from its times to what stands beside them in the row (samples a second, memory).
     """
 
     run: Callable[[], Any]
     oracle: Any = None
-    tolerance: float = 0.0
+    tolerance: float | Sequence[float] = 0.0
     capturable: bool = True
     note: str = ""
     read: Callable[[], Any] | None = None
     launches: bool = True
     why_absent: str = ""
+    setup: Callable[[], Any] | None = None
+    facts: Callable[[timing.Times], dict[str, Any]] | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +168,7 @@ class Session:
                     launches=counted.launches if counted else None,
                     syncs=counted.syncs if counted else None,
                     roofline_us=roofline_us,
-                    extra=dict(extra or {}),
+                    extra={**(extra or {}), **(peer.facts(found) if peer.facts else {})},
                 )
 
     def _judge(self, cell: Mapping[str, Any], name: str, peer: Peer) -> gate.Verdict:
@@ -209,7 +213,7 @@ def _marked(peer: Peer) -> Callable[[], Any]:
     def call() -> Any:
         return peer.run()
 
-    call.capturable = peer.capturable
+    call.capturable, call.setup = peer.capturable, peer.setup
     return call
 
 

@@ -177,7 +177,7 @@ class _Skip(Exception):
 def _prepared(call: Call, stopwatch: Stopwatch, graph: bool, cold: bool, count: int | None, target_us: float):
     if graph and not getattr(call, "capturable", True):
         raise _Skip("it syncs with the host, so it cannot be captured")
-    for _ in range(3):
+    for _ in range(1 if count == 1 else 3):
         call()
     stopwatch.wait()
     unroll = 1
@@ -193,14 +193,19 @@ def _prepared(call: Call, stopwatch: Stopwatch, graph: bool, cold: bool, count: 
 
 
 def captured(call: Call, unroll: int = 1) -> Call:
-    """A replay of ``unroll`` calls captured in one CUDA graph. The calls were run before, so nothing is compiled now."""
+    """A replay of ``unroll`` calls captured in one CUDA graph. The calls were run before, so nothing is compiled now.
+
+    ``call.setup``, where there is one, runs on the stream of the capture first: a backward runs where its forward ran.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        if getattr(call, "setup", None) is not None:
+            call.setup()
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(unroll):
             call()
     return graph.replay
