@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +17,18 @@ from reflow.errors import UserError
 from reflow.lora_files import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
 from reflow.models.family import Base
 from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, View
+from reflow.models.switches import prepare
 from reflow.settings import Recipe
 
 
 def solver_dtype(recipe: Recipe) -> torch.dtype:
     """Of the frozen teacher."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+
+
+def trained_dtype(recipe: Recipe) -> torch.dtype:
+    """What the engine computes in."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.precision]
 
 
 class Whole:
@@ -33,9 +40,13 @@ class Whole:
                  make_unet: Callable[[], torch.nn.Module]) -> None:
         self.recipe, self.run_dir, self.base, self.device, self.make_unet = recipe, run_dir, base, device, make_unet
 
-    @property
-    def root(self) -> Any:
-        return self.base.unet
+    @contextlib.contextmanager
+    def root(self) -> Iterator[Any]:
+        """The base's own network on the device, for as long as it is looked at: its fp32 weights live in the CPU's memory."""
+        try:
+            yield self.base.unet.to(self.device)
+        finally:
+            self.base.unet.to("cpu")
 
     def weights_of(self, stage: int) -> pathlib.Path:
         """What a finished stage leaves: the EMA of its student, fp32."""
@@ -56,17 +67,18 @@ class Whole:
     def teacher(self, stage: int) -> Any:
         """The frozen network that solves this stage's windows."""
         previous = self.recipe.stages[stage].teacher == "previous"
-        return self.network(self.weights_of(stage - 1) if previous else None).requires_grad_(False).eval().to(solver_dtype(self.recipe))
+        unet = self.network(self.weights_of(stage - 1) if previous else None).requires_grad_(False).eval().to(solver_dtype(self.recipe))
+        return prepare(unet, self.recipe.model, trains=False)
 
     def student(self, stage: int) -> torch.nn.Module:
         """The network that the engine trains; its parameters that require gradients are all that is trained and saved."""
-        return self.network(self.start_of(stage))
+        return prepare(self.network(self.start_of(stage)), self.recipe.model, trains=True, dtype=trained_dtype(self.recipe))
 
     def averaged(self, averages: dict[str, torch.Tensor]) -> Any:
         """A network to sample with trained parameters of these values."""
         unet = self.network(None).eval()
         unet.load_state_dict(averages, strict=False)
-        return unet
+        return unet if self.recipe.train.precision == "fp32" else unet.to(torch.bfloat16)
 
     def to_save(self, averages: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The state that a stage leaves."""
@@ -86,10 +98,11 @@ class Lora(Whole):
         if base.unet.dtype != solver_dtype(recipe):
             base.unet.to(solver_dtype(recipe))
         self.adapters = Adapters(base.unet.to(device), model.lora_rank, model.lora_targets, alpha=model.lora_alpha, names=names)
+        prepare(base.unet, model, trains=True)
 
-    @property
-    def root(self) -> View:
-        return View(self.adapters)
+    @contextlib.contextmanager
+    def root(self) -> Iterator[View]:
+        yield View(self.adapters)
 
     def read(self, path: pathlib.Path) -> dict[str, torch.Tensor]:
         if not is_lora(path):
@@ -99,7 +112,7 @@ class Lora(Whole):
 
     def teacher(self, stage: int) -> View:
         if self.recipe.stages[stage].teacher == "root":
-            return self.root
+            return View(self.adapters)
         self.adapters.put(TEACHER, self.read(self.weights_of(stage - 1)), solver_dtype(self.recipe))
         return View(self.adapters, TEACHER)
 

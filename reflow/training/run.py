@@ -60,12 +60,14 @@ def be_deterministic(wanted: bool) -> None:
 
 
 def load_base(recipe: Recipe, device: torch.device) -> Base:
-    """The recipe's base in fp32; the UNet of a LoRA recipe, which is never trained itself, at once in the teacher's precision."""
+    """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied.
+
+    The UNet of a LoRA recipe, which is never trained itself, comes at once in the teacher's precision.
+    """
     family = registry.family(recipe.model.family)
-    if not recipe.model.lora_rank:
-        return family.load(registry.base_path(recipe.model), device=device)
     base = family.load(registry.base_path(recipe.model), device=device, parts=("vae", "text"))
-    base.unet = family.load(registry.base_path(recipe.model), device=device, dtype=networks.solver_dtype(recipe), parts=("unet",)).unet
+    dtype = networks.solver_dtype(recipe) if recipe.model.lora_rank else torch.float32
+    base.unet = family.load(registry.base_path(recipe.model), device="cpu", dtype=dtype, parts=("unet",)).unet
     return base
 
 

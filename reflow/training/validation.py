@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ START_TOLERANCE, START_TOLERANCE_HALF = 1e-3, 2e-2  # a LoRA student lives in it
 class Validation:
     """Fixed prompts, noises and solved windows of one stage. Rank 0 does the work, the others wait."""
 
-    def __init__(self, recipe: Recipe, flow: StageFlow, base: Base, root: Any, solver: Solver, run_dir: pathlib.Path,
-                 log: Log) -> None:
+    def __init__(self, recipe: Recipe, flow: StageFlow, base: Base, root: Callable[[], AbstractContextManager[Any]], solver: Solver,
+                 run_dir: pathlib.Path, log: Log) -> None:
         self.recipe, self.flow, self.base, self.root, self.solver, self.log = recipe, flow, base, root, solver, log
         self.folder, self.device = run_dir / "validation", solver.device
         self.schedule = DiscreteVP.from_config(base.scheduler_config)
@@ -68,11 +69,12 @@ class Validation:
         """
         steps, kind = len(self.flow.windows), self.recipe.student.prediction_type
         if dist.get_rank() == 0:
-            start = self.root if self.flow.index == 0 and not self.recipe.model.student_weights else student
-            own = self.own_ddim(start)
+            with self.root() as root:
+                own = self.own_ddim(root if self.flow.index == 0 and not self.recipe.model.student_weights else student)
+                whole = next(root.parameters()).dtype == torch.float32
             off = float((self.student_samples(student, steps, 1.0).latents - own).norm() / own.norm())
             self.log.write("start", total, {"stage": self.flow.index, "steps": steps, "distance_to_own_ddim": off})
-            tolerance = START_TOLERANCE if next(self.root.parameters()).dtype == torch.float32 else START_TOLERANCE_HALF
+            tolerance = START_TOLERANCE if whole else START_TOLERANCE_HALF
             exact = kind.startswith("ddim") and self.recipe.student.network_time == "index"
             if not exact:
                 print(f"Stage {self.flow.index + 1}: the untrained {kind} student starts {off:.3g} (relative) away from its network's own "
@@ -83,24 +85,30 @@ class Validation:
                                 f"its weights do not fit together.")
         dist.barrier()
 
-    def solve_fixed(self) -> None:
-        """Solve the validation's windows once a stage."""
+    def prepare(self) -> None:
+        """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory."""
         if dist.get_rank() == 0 and self.recipe.validate_.every:
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
             first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
             self.fixed = self.solver(list(range(first, first + count)))
+            steps, guidance = self.recipe.validate_.teacher_steps, self.recipe.validate_.guidance_scale
+            with self.root() as root:
+                teacher = sample_teacher(self.base, root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
+                                         null=self.solver.data.null, noise=self.noise)
+            self.rows = [(f"teacher {steps}", teacher.images)]
         dist.barrier()
 
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
         """Squared error, its parts and 1 - cosine of the chord velocity at fixed places of every window."""
-        solved, records = self.fixed, []
+        solved, records, dtype = self.fixed, [], next(unet.parameters()).dtype
+        conditioning = solved.conditioning.to(dtype=dtype)
         for tau in TAUS:
             places = torch.full((len(solved.window),), tau, device=self.device)
             t = self.flow.table.time(solved.window, places)
             z = torch.lerp(solved.z_start, solved.z_end, places.view(-1, 1, 1, 1))
             velocity = (solved.z_end - solved.z_start) / self.flow.table.dt[solved.window].view(-1, 1, 1, 1)
-            output = denoise(unet, z, network_time(t, self.recipe.student.network_time), solved.conditioning)
+            output = denoise(unet, z.to(dtype), network_time(t, self.recipe.student.network_time), conditioning)
             at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
             result = targets.loss(output, at, self.flow.table, self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"}),
                                   kind="mse", direction_weight=0.0)
@@ -116,11 +124,6 @@ class Validation:
         if dist.get_rank() == 0:
             unet, guidance = averaged(averages), self.recipe.validate_.guidance_scale
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
-            if not self.rows:
-                steps = self.recipe.validate_.teacher_steps
-                teacher = sample_teacher(self.base, self.root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
-                                         null=self.solver.data.null, noise=self.noise)
-                self.rows.append((f"teacher {steps}", teacher.images))
             rows = list(self.rows)
             for steps in sorted(self.recipe.validate_.steps):
                 if steps >= len(self.flow.windows):

@@ -289,3 +289,10 @@ def test_bad_input_at_the_command_line_is_exit_code_2_and_one_line(tmp_path):
                               timeout=120)
     assert finished.returncode == 2 and finished.stdout == ""
     assert len(finished.stderr.strip().splitlines()) == 1 and "did you mean 'seed'" in finished.stderr
+
+
+def test_a_bf16_student_is_validated_in_bf16(tmp_path):
+    recipe = tiny.recipe(tmp_path, "train.precision=bf16", "teacher.precision=bf16", "validate.every=32", "stages.0.samples=32")
+    run.train(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path / "run")
+    (check,) = log(tmp_path / "run", "validate")
+    assert all(0 < w["mse"] < 1 for w in check["windows"]) and log(tmp_path / "run", "start")[0]["distance_to_own_ddim"] < 1e-3
