@@ -1,8 +1,10 @@
-"""`reflow prepare`: a folder of captioned images encoded once, for `data.source = "cache"`."""
+"""`reflow prepare`: captioned images encoded once, for `data.source = "cache"`."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+from typing import Any
 
 from reflow.commands.common import positive
 
@@ -10,37 +12,86 @@ from reflow.commands.common import positive
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", required=True, help="of the base: sd15, sdxl or digits")
     parser.add_argument("--base", default="builtin", help="diffusers folder or hub name ('builtin': the digits model)")
-    parser.add_argument("--data", required=True, metavar="DIR", help="images with .txt files or a metadata.jsonl")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="folder of images with .txt files or a metadata.jsonl, of webdataset tars or of parquet files, a saved "
+        "`datasets` folder, or a dataset's name on the hub",
+    )
+    parser.add_argument("--image-column", default="", metavar="NAME", help="of parquet and datasets")
+    parser.add_argument("--caption-column", default="", metavar="NAME", help="of parquet, datasets and a tar's .json")
+    parser.add_argument("--split", default="train", help="of a dataset (default: train)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the cache; the same command goes on with it")
     parser.add_argument("--resolution", type=positive, help="side in pixels (default: the base's own)")
+    parser.add_argument(
+        "--buckets",
+        nargs="*",
+        metavar="WIDTHxHEIGHT",
+        help="bring every image to the size with the nearest aspect ratio, of these or of the usual table at the "
+        "resolution's area",
+    )
     parser.add_argument("--caption", metavar="TEXT", help="of images that have none (default: that is an error)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images encoded at once (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=positive, help="images encoded at once (default: 8 at 512 x 512, fewer for larger ones)"
+    )
     parser.add_argument("--shard-size", type=positive, default=256, help="images a shard (default: 256)")
+    parser.add_argument("--text-dtype", choices=("fp32", "fp16"), default="fp32", help="of stored captions")
+    parser.add_argument(
+        "--workers", type=positive, help="processes, each on a GPU of its own (default: as many as GPUs, else 1)"
+    )
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of images that may be unreadable (default: 0.05)"
     )
 
 
+def load(family: str, base: str, device: str) -> Any:
+    """The base's encoders on a device; a worker process calls this too."""
+    from reflow.models import registry
+
+    return registry.family(family).load(base, device=device, parts=("vae", "text"))
+
+
 def run(args: argparse.Namespace) -> int:
+    import os
+
     import torch
 
-    from reflow.data import sources
+    from reflow.data import buckets, workers
     from reflow.data.prepare import Preparation
-    from reflow.models import registry
+    from reflow.data.sources import open_source
     from reflow.training.progress import Progress
 
-    family = registry.family(args.family)
-    items = sources.folder(args.data, args.caption)
-    base = family.load(args.base, device="cuda" if torch.cuda.is_available() else "cpu", parts=("vae", "text"))
-    work = Preparation(base, items, args.out, resolution=args.resolution or base.resolution, batch_size=args.batch_size,
-                       shard_size=args.shard_size, max_bad_share=args.max_bad_share)  # fmt: skip
-    bar = Progress("preparing", len(items), 0, True)
+    loader = functools.partial(load, args.family, args.base)
+    source = open_source(args.data, caption=args.caption, image_column=args.image_column,
+                         caption_column=args.caption_column, split=args.split)  # fmt: skip
+    base = loader(workers.device_of(0))
+    resolution = args.resolution or base.resolution
+    sizes = [(resolution, resolution)]
+    if args.buckets is not None:
+        sizes = buckets.parse(args.buckets, base) if args.buckets else buckets.table(base, resolution)
+    count = args.workers or max(1, torch.cuda.device_count())
+    work = Preparation(base, source, args.out, sizes=sizes, batch_size=args.batch_size, shard_size=args.shard_size,
+                       max_bad_share=args.max_bad_share, text=args.text_dtype,
+                       threads=max(1, min(8, (os.cpu_count() or 1) // count)))  # fmt: skip
+    bar = Progress("preparing captions and images", work.total, 0, True)
     try:
-        counts = work.run(bar.advance)["counts"]
+        manifest = work.run(bar.advance, count=count, loader=loader)
     finally:
         bar.close()
-    skipped = f", {counts['skipped']} skipped (skipped.jsonl says why)" if counts["skipped"] else ""
-    empty = f", {counts['empty_captions']} with an empty caption" if counts["empty_captions"] else ""
-    print(f"{counts['images']} images and {counts['captions']} distinct captions in {args.out}{skipped}{empty}")
+    counts = manifest["counts"]
+    notes = {
+        "skipped": "skipped (skipped.jsonl says why)",
+        "empty_captions": "with an empty caption",
+        "cut_captions": "captions longer than the tokenizer takes, whose end is not seen",
+    }
+    said = "".join(f", {counts[name]} {words}" for name, words in notes.items() if counts[name])
+    print(f"{counts['images']} images and {counts['captions']} distinct captions in {args.out}{said}")
+    if len(sizes) > 1:
+        shapes = {tuple(s["shape"][1:]): 0 for s in manifest["shards"]["latents"]}
+        for shard in manifest["shards"]["latents"]:
+            shapes[tuple(shard["shape"][1:])] += shard["rows"]
+        factor = base.vae_scale_factor
+        print("; ".join(f"{w * factor}x{h * factor}: {rows}" for (h, w), rows in shapes.items()))
     print(f"Train on them with --set data.source=cache --set data.path={args.out}")
     return 0

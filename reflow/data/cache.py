@@ -1,4 +1,5 @@
-"""A prepared folder: memory-mapped Arrow shards of latents and encoded captions, with a manifest that says what made them."""
+"""A prepared folder: memory-mapped Arrow shards of latents and encoded captions, with a manifest that says what made "
+"them."""
 
 from __future__ import annotations
 
@@ -9,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from reflow.data.shapes import Shaped, grouped
+from reflow.data.shards import Column
 from reflow.errors import UserError
 from reflow.models.family import Base, Conditioning
 
-VERSION = 1  # of the code that encodes: raised when the same image would give other numbers
+VERSION = 2  # of the code that encodes: raised when the same image would give other numbers
 MANIFEST = "manifest.json"
 
 
@@ -31,20 +33,27 @@ def digest_of(networks: Any, *settings: Any) -> str:
 
 
 def fingerprint(base: Base) -> dict[str, Any]:
-    """What decides the numbers in a cache, of a base in fp32: family, and hashes of its VAE and of its text encoders."""
+    """What decides the numbers in a cache, of a base in fp32: family, and hashes of its VAE and of its text "
+    "encoders."""
     vae = {k: base.configs["vae"].get(k) for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in base.tokenizers]
     zeros = base.configs["pipeline"].get("force_zeros_for_empty_prompt", True)
-    return {"version": VERSION, "family": base.family.name, "vae": digest_of([base.vae], vae),
-            "text": digest_of(base.text_encoders, words, zeros)}
+    return {
+        "version": VERSION,
+        "family": base.family.name,
+        "vae": digest_of([base.vae], vae),
+        "text": digest_of(base.text_encoders, words, zeros),
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no prepared data set: {folder / MANIFEST} is missing or not readable. Write the --out of "
-                        f"`reflow prepare` as data.path.") from error
+        raise UserError(
+            f"{folder} is no prepared data set: {folder / MANIFEST} is missing or not readable. Write the --out of "
+            f"`reflow prepare` as data.path."
+        ) from error
 
 
 def check_base(manifest: dict[str, Any], base: Base, folder: Path) -> None:
@@ -53,29 +62,17 @@ def check_base(manifest: dict[str, Any], base: Base, folder: Path) -> None:
     names = {"version": "version of the encoding code", "family": "family", "vae": "VAE", "text": "text encoders"}
     wrong = [name for key, name in names.items() if made.get(key) != now[key]]
     if wrong:
-        raise UserError(f"The cache {folder} was made by {made.get('family')} at {manifest.get('base')}, and this is {now['family']} at "
-                        f"{base.path}: they differ in {', '.join(wrong)}. Use that base, or run `reflow prepare` into another folder.")
+        raise UserError(
+            f"The cache {folder} was made by {made.get('family')} at {manifest.get('base')}, and this is "
+            f"{now['family']} at "
+            f"{base.path}: they differ in {', '.join(wrong)}. Use that base, or run `reflow prepare` into another "
+            f"folder."
+        )
 
 
-class Column:
-    """Rows [n, *shape] fp32 of one column over many shards, read from the memory map when asked for."""
-
-    def __init__(self, tables: list[Any], name: str, shape: list[int]) -> None:
-        self.shape = tuple(shape)
-        chunks = [c for table in tables for c in table.column(name).chunks if len(c)]
-        self.views = [c.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for c in chunks]
-        self.ends = np.cumsum([len(v) for v in self.views])
-
-    def rows(self, items: torch.Tensor) -> torch.Tensor:
-        out = np.empty((len(items), *self.shape), np.float32)
-        for row, item in enumerate(items.tolist()):
-            shard = int(np.searchsorted(self.ends, item, side="right"))
-            out[row] = self.views[shard][item - int(self.ends[shard])]  # a negative row counts from the shard's end
-        return torch.from_numpy(out)
-
-
-class CachedDataset:
-    """A prepared folder with the interface of `LatentDataset`. Raises UserError for a folder that is not whole or fits another base."""
+class CachedDataset(Shaped):
+    """A prepared folder with the interface of `LatentDataset`. Raises UserError for a folder that is not whole or "
+    "fits another base."""
 
     def __init__(self, path: str | Path, base: Base) -> None:
         import datasets
@@ -83,41 +80,59 @@ class CachedDataset:
         folder = Path(path)
         manifest = read_manifest(folder)
         if not manifest["complete"]:
-            raise UserError(f"The cache {folder} is not finished; run the same `reflow prepare` again, it goes on where it was.")
+            raise UserError(
+                f"The cache {folder} is not finished; run the same `reflow prepare` again, it goes on where it was."
+            )
         check_base(manifest, base, folder)
         tables: dict[str, list[Any]] = {"latents": [], "text": []}
         for kind, shards in manifest["shards"].items():
             for shard in shards:
                 file = folder / shard["file"]
                 if not file.is_file() or os.path.getsize(file) != shard["bytes"]:
-                    raise UserError(f"The shard {file} is missing or cut short; run the same `reflow prepare` again, it makes the shards "
-                                    f"that are not whole.")
+                    raise UserError(
+                        f"The shard {file} is missing or cut short; run the same `reflow prepare` again, it makes the "
+                        f"shards "
+                        f"that are not whole."
+                    )
                 tables[kind].append(datasets.Dataset.from_file(str(file)).data)
         shapes = manifest["shapes"]
-        self.latents = Column(tables["latents"], "latent", shapes["latent"])
+        latents = manifest["shards"]["latents"]
+        kinds = list(dict.fromkeys(tuple(s["shape"]) for s in latents))
+        self.latents = [
+            Column(
+                [t for t, s in zip(tables["latents"], latents, strict=True) if tuple(s["shape"]) == kind],
+                "latent",
+                kind,
+            )
+            for kind in kinds
+        ]
+        self.groups = grouped([len(column) for column in self.latents], kinds)
+        self.latents = [column for column in self.latents if len(column)]
         self.hidden = Column(tables["text"], "hidden", shapes["hidden"])
         self.pooled = Column(tables["text"], "pooled", shapes["pooled"]) if shapes["pooled"] else None
         self.time_ids = Column(tables["latents"], "time_ids", [6]) if shapes["pooled"] else None
-        self.caption_of = torch.cat([torch.tensor(t.column("caption").to_pylist(), dtype=torch.long) for t in tables["latents"]])
+        self.caption_of = torch.cat(
+            [torch.tensor(t.column("caption").to_pylist(), dtype=torch.long) for t in tables["latents"]]
+        )
         null = load_file(str(folder / "null.safetensors"))
         self.null = Conditioning(null["encoder_hidden_states"], null.get("text_embeds"), null.get("time_ids"))
 
     def __len__(self) -> int:
         return len(self.caption_of)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, h, w) of one latent."""
-        return self.latents.shape
-
     def latent(self, items: torch.Tensor) -> torch.Tensor:
-        return self.latents.rows(items)
+        """Latents [B,C,h,w] fp32 of items of one shape."""
+        group = self.group_of(items)
+        return self.latents[self.groups.index(group)].rows(items - group.first)
 
     def conditioning(self, items: torch.Tensor, dropped: torch.Tensor | None = None) -> Conditioning:
         """Captions of the items [B]; where `dropped` [B] bool is set, the null prompt with the image's own time ids."""
         caption = self.caption_of[items]
-        rows = Conditioning(self.hidden.rows(caption), self.pooled.rows(caption) if self.pooled else None,
-                            self.time_ids.rows(items) if self.time_ids else None)
+        rows = Conditioning(
+            self.hidden.rows(caption),
+            self.pooled.rows(caption) if self.pooled else None,
+            self.time_ids.rows(items) if self.time_ids else None,
+        )
         return rows if dropped is None else self.null_rows(items).where(dropped, rows)
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:

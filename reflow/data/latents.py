@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from reflow.data.shapes import Group, Shaped
 from reflow.errors import UserError
 from reflow.models.family import Base, Conditioning
 
 
 @dataclass
-class LatentDataset:
+class LatentDataset(Shaped):
     """Latents of the base's VAE and a table of encoded captions, all fp32 on the CPU.
 
-    latents: [n, C, h, w], scaled as the network expects them. caption_of: [n] row of `captions` that each latent goes with.
-    null: one row, the base pipeline's own empty prompt, taken where a caption is dropped.
+    latents: [n, C, h, w], scaled as the network expects them. caption_of: [n] row of `captions` that each latent goes
+    with. null: one row, the base pipeline's own empty prompt, taken where a caption is dropped.
     """
 
     latents: torch.Tensor
@@ -27,9 +28,9 @@ class LatentDataset:
         return len(self.latents)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, h, w) of one latent."""
-        return tuple(self.latents.shape[1:])
+    def groups(self) -> tuple[Group, ...]:
+        """All items: they have one shape."""
+        return (Group(0, len(self), tuple(self.latents.shape[1:])),)
 
     def latent(self, items: torch.Tensor) -> torch.Tensor:
         return self.latents[items]
@@ -42,7 +43,9 @@ class LatentDataset:
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
         ids = self.captions.time_ids
-        return replace(self.null.select(torch.zeros_like(items)), time_ids=None if ids is None else ids[self.caption_of[items]])
+        return replace(
+            self.null.select(torch.zeros_like(items)), time_ids=None if ids is None else ids[self.caption_of[items]]
+        )
 
 
 def encode_digits(base: Base, *, batch: int = 256) -> LatentDataset:
@@ -67,5 +70,8 @@ def checked(data: LatentDataset, where: str) -> LatentDataset:
         raise UserError(f"The data set {where} is empty; point data.path at a folder with images and captions.")
     bad = (~torch.isfinite(data.latents).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"{len(bad)} latents of {where} are not finite (first at row {bad[0]}); encode them again with the VAE in fp32.")
+        raise UserError(
+            f"{len(bad)} latents of {where} are not finite (first at row {bad[0]}); encode them again with the VAE in "
+            f"fp32."
+        )
     return data

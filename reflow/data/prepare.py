@@ -1,11 +1,12 @@
-"""Images and captions in, a cache of latents and encoded captions out, one whole shard after another."""
+"""Images and captions in, a cache of latents and encoded captions out, one batch after another and by several "
+"processes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,154 +15,275 @@ import pyarrow
 import torch
 from safetensors.torch import save_file
 
+from reflow.data import buckets, workers
 from reflow.data.cache import MANIFEST, check_base, fingerprint, read_manifest
-from reflow.data.sources import Item, square
+from reflow.data.encode import Encoder, cut_captions
+from reflow.data.shards import Skipped, grow, notes_of, vectors, write_json
+from reflow.data.sources import Source
 from reflow.errors import UserError
 from reflow.models.family import Base
 
-
-def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+SCAN = 256  # image headers read at once
+FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
 
-def write_shard(path: Path, table: pyarrow.Table, notes: dict[str, Any]) -> None:
-    """A shard and its notes; the shard appears last and whole, and its size in the notes shows later damage."""
-    from datasets.arrow_writer import ArrowWriter
+@dataclass(frozen=True)
+class Task:
+    """One shard: captions or images `rows` (of the plan's order), images fitted to (height, width) `size`."""
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer = ArrowWriter(path=str(temporary), schema=table.schema)
-    writer.write_table(table)
-    writer.finalize()
-    write_json(path.with_suffix(".json"), {"file": path.name, "rows": len(table), "bytes": os.path.getsize(temporary), **notes})
-    os.replace(temporary, path)
-
-
-def notes_of(path: Path) -> dict[str, Any] | None:
-    """The notes of a whole shard; None where it is missing or damaged."""
-    try:
-        notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return notes if os.path.getsize(path) == notes["bytes"] else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def vectors(rows: np.ndarray) -> pyarrow.Array:
-    """[n, ...] fp32 as a column of fixed-size lists."""
-    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1).astype(np.float32)), int(np.prod(rows.shape[1:])))
+    file: str
+    rows: range
+    size: buckets.Size | None = None
 
 
 class Preparation:
-    """One cache in the making. The same call goes on after a kill; finished shards are never made again."""
+    """One cache in the making. The same call goes on after a kill; no batch that was finished is made again.
 
-    def __init__(self, base: Base, items: list[Item], out: str | Path, *, resolution: int, batch_size: int = 8, shard_size: int = 256,
-                 max_bad_share: float = 0.05) -> None:
-        self.base, self.items, self.out, self.resolution = base, items, Path(out), resolution
-        self.batch, self.size, self.max_bad = batch_size, shard_size, max_bad_share
-        self.captions = list(dict.fromkeys(item.caption for item in items))
-        self.row_of = {caption: row for row, caption in enumerate(self.captions)}
-        self.latent_shape = base.latent_shape(resolution)
+    sizes: (height, width) that images are brought to; more than one: each image goes to the nearest aspect ratio.
+    batch_size: images encoded at once, by default 8 at 512 x 512 and fewer for larger ones. text: of stored captions,
+    fp32 or fp16.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        source: Source,
+        out: str | Path,
+        *,
+        sizes: list[buckets.Size],
+        batch_size: int | None = None,
+        shard_size: int = 256,
+        max_bad_share: float = 0.05,
+        text: str = "fp32",
+        threads: int = 4,
+    ) -> None:
+        self.source, self.out, self.sizes, self.text, self.threads = source, Path(out), sizes, text, threads
+        self.batch = batch_size or max(1, min(8, 8 * 512**2 // max(h * w for h, w in sizes)))
+        self.size, self.max_bad = shard_size, max_bad_share
+        self.shapes = {size: buckets.latent_shape(base, size) for size in sizes}
+        words = [source.caption(number) for number in range(len(source))]
+        self.captions = list(dict.fromkeys(words))
+        row_of = {caption: row for row, caption in enumerate(self.captions)}
+        self.caption_of = np.array([row_of[w] for w in words], np.int32)
+        self.empty, self.cut = words.count(""), cut_captions(base, self.captions)
+        self.use(base)
+
+    def use(self, base: Base) -> None:
+        """Encode with this base: a worker's own copy."""
+        self.base, self.encoder = base, Encoder(base, self.source, self.threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("base", "encoder")}
+
+    @property
+    def total(self) -> int:
+        """What `progress` counts to: captions, images, and with buckets the images once more while their sizes are "
+        "read."""
+        return len(self.captions) + len(self.source) * (1 + (len(self.sizes) > 1))
 
     def begin(self) -> dict[str, Any]:
         """The manifest of the new or unfinished cache in `out`. Raises UserError for another cache's folder."""
-        listed = [(i.key, i.caption, os.path.getsize(i.path) if i.path.exists() else -1) for i in self.items]
-        source = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        settings = {"resolution": self.resolution, "source": source, "shard_size": self.size, "images": len(self.items)}
+        settings = {
+            "sizes": [list(s) for s in self.sizes],
+            "source": self.source.digest(),
+            "shard_size": self.size,
+            "images": len(self.source),
+            "text": self.text,
+        }
         if (self.out / MANIFEST).exists():
             manifest = read_manifest(self.out)
             check_base(manifest, self.base, self.out)
-            other = [f"{k}: {manifest['settings'].get(k)} -> {v}" for k, v in settings.items() if manifest["settings"].get(k) != v]
+            other = [
+                f"{k}: {manifest['settings'].get(k)} -> {v}"
+                for k, v in settings.items()
+                if manifest["settings"].get(k) != v
+            ]
             if other:
-                raise UserError(f"{self.out} holds a cache of other settings or images ({'; '.join(other)}); give another --out.")
-            return manifest
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise UserError(
+                    f"{self.out} holds a cache of other settings or images ({'; '.join(other)}); give another --out."
+                )
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"--out {self.out} is not empty and holds no cache; give a new folder.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        manifest = {"complete": False, "fingerprint": fingerprint(self.base), "base": str(self.base.path), "settings": settings}
-        write_json(self.out / MANIFEST, manifest)
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            manifest = {
+                "complete": False,
+                "fingerprint": fingerprint(self.base),
+                "base": str(self.base.path),
+                "settings": settings,
+            }
+            write_json(self.out / MANIFEST, manifest)
+        (self.out / "skipped.jsonl").unlink(missing_ok=True)
         return manifest
 
-    def run(self, progress: Callable[[int], None] = lambda images: None) -> dict[str, Any]:
-        """Make what is missing and return the finished manifest. `progress` hears of every shard's images."""
+    def run(
+        self,
+        progress: Callable[[int], None] = lambda _: None,
+        *,
+        count: int = 1,
+        loader: workers.Loader | None = None,
+    ) -> dict[str, Any]:
+        """Make what is missing and return the finished manifest. `progress` hears of every batch.
+
+        count: processes; those after this one load their base by `loader(device)`.
+        """
         manifest = self.begin()
-        shards: dict[str, list[dict[str, Any]]] = {"latents": [], "text": []}
-        null = self.base.null_conditioning(1, self.resolution).to("cpu", torch.float32)
-        for first in range(0, len(self.captions), self.size):
-            path = self.out / f"text-{first // self.size:05d}.arrow"
-            if notes_of(path) is None:
-                write_shard(path, self.text(self.captions[first:first + self.size]), {})
-            shards["text"].append(notes_of(path))
-        skipped: list[dict[str, str]] = []
-        for first in range(0, len(self.items), self.size):
-            path, part = self.out / f"latents-{first // self.size:05d}.arrow", self.items[first:first + self.size]
-            if notes_of(path) is None:
-                table, bad = self.latents(part)
-                write_shard(path, table, {"skipped": bad})
-            shards["latents"].append(notes_of(path))
-            skipped += shards["latents"][-1].pop("skipped")
+        self.order = self.plan(progress)
+        tasks = self.tasks()
+        missing, skipped = [], []
+        for task in tasks:
+            notes = notes_of(self.out / task.file)
+            if notes is None:
+                missing.append(task)
+            else:
+                progress(len(task.rows))
+                skipped += notes["skipped"]
+        self.check_bad(skipped)
+        for done, bad in workers.share(self, missing, count, loader):
+            progress(done)
+            skipped += bad
             self.check_bad(skipped)
-            progress(len(part))
-        tensors = {"encoder_hidden_states": null.encoder_hidden_states, "text_embeds": null.text_embeds, "time_ids": null.time_ids}
+        return self.finish(manifest, tasks)
+
+    def plan(self, progress: Callable[[int], None]) -> list[np.ndarray]:
+        """For every size the numbers of its images. What the headers say is kept, so that they are read once."""
+        if len(self.sizes) == 1:
+            return [np.arange(len(self.source))]
+        kept = self.out / "sizes.npy"
+        if kept.exists():
+            found = np.load(kept)
+            progress(len(found))
+        else:
+            parts = [range(first, min(first + SCAN, len(self.source))) for first in range(0, len(self.source), SCAN)]
+            rows = []
+            for part in self.encoder.pool.map(self.source.sizes, parts):
+                rows.append(part)
+                progress(len(part))
+            found = np.concatenate(rows)
+            temporary = self.out / ".sizes.tmp.npy"
+            np.save(temporary, found)
+            os.replace(temporary, kept)
+        bucket = buckets.nearest(self.sizes, found)
+        return [np.flatnonzero(bucket == b) for b in range(len(self.sizes))]
+
+    def tasks(self) -> list[Task]:
+        """Every shard, in the order in which a data set holds them."""
+        found = [Task(f"text-{n:05d}.arrow", rows) for n, rows in enumerate(parts(len(self.captions), self.size))]
+        for (h, w), numbers in zip(self.sizes, self.order, strict=True):
+            name = "latents" if len(self.sizes) == 1 else f"latents-{w}x{h}"
+            found += [
+                Task(f"{name}-{n:05d}.arrow", rows, (h, w)) for n, rows in enumerate(parts(len(numbers), self.size))
+            ]
+        return found
+
+    def make(self, task: Task) -> Iterator[tuple[int, Skipped]]:
+        """Make one shard; yields (items, skipped) as they are done."""
+        batches = self.text_batches if task.size is None else self.image_batches
+        return grow(self.out / task.file, len(task.rows), lambda done: batches(task, done))
+
+    def text_batches(self, task: Task, done: int) -> Iterator[tuple[int, pyarrow.Table, Skipped]]:
+        """Both encoders' output of each caption."""
+        for rows in parts(len(task.rows), self.batch, done):
+            captions = [self.captions[task.rows[r]] for r in rows]
+            encoded = self.encoder.text(captions)
+            columns = {"text": pyarrow.array(captions), "hidden": vectors(self.floats(encoded.encoder_hidden_states))}
+            if encoded.text_embeds is not None:
+                columns["pooled"] = vectors(self.floats(encoded.text_embeds))
+            yield rows.stop, pyarrow.table(columns), []
+
+    def floats(self, values: torch.Tensor) -> np.ndarray:
+        stored = values.numpy().astype(FLOATS[self.text])
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"A caption's encoding does not fit {self.text} or is not finite; write --text-dtype fp32, or look at "
+                f"the "
+                f"text encoders' weights at {self.base.path}."
+            )
+        return stored
+
+    def image_batches(self, task: Task, done: int) -> Iterator[tuple[int, pyarrow.Table, Skipped]]:
+        """Latents of a shard's images, and which were skipped and why."""
+        numbers = self.order[self.sizes.index(task.size)][task.rows.start : task.rows.stop]
+        spans = list(parts(len(numbers), self.batch, done))
+        for span, pictures in zip(
+            spans, self.encoder.pictures((numbers[s.start : s.stop].tolist() for s in spans), task.size), strict=True
+        ):
+            pairs = list(zip(numbers[span.start : span.stop].tolist(), pictures, strict=True))
+            bad = [{"file": self.source.key(n), "reason": p} for n, p in pairs if isinstance(p, str)]
+            good = [(n, *p) for n, p in pairs if not isinstance(p, str)]
+            numbers_of = [n for n, _, _ in good]
+            rows = np.zeros((0, *self.shapes[task.size]), np.float32)
+            if good:
+                rows = self.encoder.latents(np.stack([p for _, p, _ in good]), numbers_of)
+            times = np.asarray([t for _, _, t in good], np.float32).reshape(-1, 6)
+            columns = {
+                "key": pyarrow.array([self.source.key(n) for n in numbers_of], pyarrow.string()),
+                "latent": vectors(rows),
+                "time_ids": vectors(times),
+                "caption": pyarrow.array(self.caption_of[numbers_of], pyarrow.int32()),
+            }
+            yield span.stop, pyarrow.table(columns), bad
+
+    def check_bad(self, skipped: Skipped) -> None:
+        """Stop where more images are skipped than the share that is allowed."""
+        if len(skipped) > self.max_bad * len(self.source):
+            self.list_bad(skipped)
+            raise UserError(
+                f"{len(skipped)} of {len(self.source)} images cannot be used, more than --max-bad-share "
+                f"{self.max_bad:g} allows "
+                f"(the first is {skipped[0]['file']}: {skipped[0]['reason']}); {self.out / 'skipped.jsonl'} lists "
+                f"them. Allow a "
+                f"larger share, or mend them and prepare into another --out."
+            )
+
+    def list_bad(self, skipped: Skipped) -> None:
+        if skipped:
+            (self.out / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped), encoding="utf-8")
+
+    def finish(self, manifest: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+        """The null prompt and the finished manifest."""
+        shards: dict[str, list[dict[str, Any]]] = {"latents": [], "text": []}
+        skipped: Skipped = []
+        for task in tasks:
+            notes = notes_of(self.out / task.file)
+            skipped += notes.pop("skipped")
+            shards["latents" if task.size else "text"].append(
+                notes | ({"shape": list(self.shapes[task.size])} if task.size else {})
+            )
+        self.list_bad(skipped)
+        counts = {
+            "images": sum(s["rows"] for s in shards["latents"]),
+            "skipped": len(skipped),
+            "captions": len(self.captions),
+            "empty_captions": self.empty,
+            "cut_captions": self.cut,
+        }
+        if not counts["images"]:
+            raise UserError(
+                f"None of the {len(self.source)} images can be used; {self.out / 'skipped.jsonl'} says why of each."
+            )
+        null = self.base.null_conditioning(1, self.sizes[0]).to("cpu", torch.float32)
+        tensors = {
+            "encoder_hidden_states": null.encoder_hidden_states,
+            "text_embeds": null.text_embeds,
+            "time_ids": null.time_ids,
+        }
         temporary = self.out / ".null.tmp"
         save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, str(temporary))
         os.replace(temporary, self.out / "null.safetensors")
         pooled = null.text_embeds
-        shapes = {"latent": list(self.latent_shape), "hidden": list(null.encoder_hidden_states.shape[1:]),
-                  "pooled": None if pooled is None else list(pooled.shape[1:])}
-        counts = {"images": sum(s["rows"] for s in shards["latents"]), "skipped": len(skipped), "captions": len(self.captions),
-                  "empty_captions": sum(not i.caption for i in self.items)}
-        if not counts["images"]:
-            raise UserError(f"None of the {len(self.items)} images can be used; {self.out / 'skipped.jsonl'} says why of each.")
+        shapes = {
+            "hidden": list(null.encoder_hidden_states.shape[1:]),
+            "pooled": None if pooled is None else list(pooled.shape[1:]),
+        }
         manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts}
         write_json(self.out / MANIFEST, manifest)
         return manifest
 
-    def check_bad(self, skipped: list[dict[str, str]]) -> None:
-        """Keep the list of skipped images, and stop where they are more than the share that is allowed."""
-        if skipped:
-            (self.out / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped), encoding="utf-8")
-        if len(skipped) > self.max_bad * len(self.items):
-            raise UserError(f"{len(skipped)} of {len(self.items)} images cannot be used, more than --max-bad-share {self.max_bad:g} allows "
-                            f"(the first is {skipped[0]['file']}: {skipped[0]['reason']}); {self.out / 'skipped.jsonl'} lists them. Mend "
-                            f"them, or allow a larger share.")
 
-    def text(self, captions: list[str]) -> pyarrow.Table:
-        """Both encoders' output of each caption; longer ones are cut by the tokenizer as the pipeline cuts prompts."""
-        parts = [self.base.encode_prompts(captions[i:i + self.batch], self.resolution).to("cpu", torch.float32)
-                 for i in range(0, len(captions), self.batch)]
-        columns = {"text": pyarrow.array(captions), "hidden": vectors(torch.cat([p.encoder_hidden_states for p in parts]).numpy())}
-        if parts[0].text_embeds is not None:
-            columns["pooled"] = vectors(torch.cat([p.text_embeds for p in parts]).numpy())
-        return pyarrow.table(columns)
-
-    def latents(self, items: list[Item]) -> tuple[pyarrow.Table, list[dict[str, str]]]:
-        """Latents of a shard's images, and which were skipped and why."""
-        good, encoded, ids, bad = [], [], [], []
-        for first in range(0, len(items), self.batch):
-            pixels, names = [], []
-            for item in items[first:first + self.batch]:
-                try:
-                    image, time_ids = square(item.load(), self.resolution, self.base.configs["vae"].get("in_channels", 3))
-                except Exception as error:  # PIL's readers raise almost anything on damaged files
-                    bad.append({"file": item.key, "reason": f"{type(error).__name__}: {error}"})
-                    continue
-                pixels.append(image)
-                names.append(item)
-                ids.append(time_ids)
-            if pixels:
-                encoded.append(self.encode(np.stack(pixels), names))
-                good += names
-        rows = np.concatenate(encoded) if encoded else np.zeros((0, *self.latent_shape), np.float32)
-        times = np.asarray(ids, np.float32).reshape(-1, 6)
-        columns = {"key": pyarrow.array([i.key for i in good], pyarrow.string()), "latent": vectors(rows), "time_ids": vectors(times),
-                   "caption": pyarrow.array([self.row_of[i.caption] for i in good], pyarrow.int32())}
-        return pyarrow.table(columns), bad
-
-    def encode(self, pixels: np.ndarray, items: list[Item]) -> np.ndarray:
-        latents = self.base.encode_images(torch.from_numpy(pixels)).float().cpu()
-        finite = torch.isfinite(latents).flatten(1).all(1)
-        if not finite.all():
-            raise UserError(f"The VAE at {self.base.path}, in fp32, gives NaN or infinity for {items[int((~finite).nonzero()[0])].path}; check "
-                            f"the VAE's weights, or take that image away.")
-        return latents.numpy()
+def parts(total: int, size: int, first: int = 0) -> Iterator[range]:
+    """Consecutive ranges of at most `size` from `first` to `total`, on the same grid wherever `first` lies."""
+    while first < total:
+        end = min((first // size + 1) * size, total)
+        yield range(first, end)
+        first = end

@@ -15,7 +15,8 @@ SOLVE, CHORD, ORDER, VALIDATION = 1, 2, 3, 4
 
 
 def generator(seed: int, stage: int, stream: int, index: int) -> np.random.Generator:
-    """Philox keyed by (seed, stage, stream) and advanced to `index`: equal arguments give equal draws on every machine."""
+    """Philox keyed by (seed, stage, stream) and advanced to `index`: equal arguments give equal draws on every "
+    "machine."""
     return np.random.Generator(np.random.Philox(key=[seed, (stage << 8) + stream], counter=[0, index, 0, 0]))
 
 
@@ -29,6 +30,30 @@ def item_of(seed: int, stage: int, index: int, size: int) -> int:
     """The item (0 <= item < size) that global index `index` takes: every epoch visits every item once."""
     epoch, place = divmod(index, size)
     return int(permutation(seed, stage, epoch, size)[place])
+
+
+@functools.lru_cache(maxsize=4)
+def block_order(seed: int, stage: int, epoch: int, counts: tuple[int, ...], block: int) -> np.ndarray:
+    """The items [places] of epoch `epoch` over groups of items, in blocks of `block` places that each hold one group.
+
+    Every group is shuffled and cut into blocks; its last one is filled up from the group's beginning, so every item
+    comes at least once. Then the blocks of all groups are shuffled.
+    """
+    rng, blocks, first = generator(seed, stage, ORDER, epoch), [], 0
+    for count in counts:
+        items = first + rng.permutation(count)
+        blocks.append(np.resize(items, (-(-count // block), block)))  # resize repeats from the beginning
+        first += count
+    return rng.permutation(np.concatenate(blocks)).reshape(-1)
+
+
+def items_of(seed: int, stage: int, indices: list[int], counts: tuple[int, ...], block: int) -> list[int]:
+    """The items that global indices take; with several groups of `counts` items, aligned blocks of indices hold one "
+    "group only."""
+    if len(counts) == 1:
+        return [item_of(seed, stage, index, counts[0]) for index in indices]
+    places = sum(-(-count // block) * block for count in counts)
+    return [int(block_order(seed, stage, index // places, counts, block)[index % places]) for index in indices]
 
 
 def solve_draws(seed: int, stage: int, indices: list[int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +73,10 @@ def chord_draws(seed: int, stage: int, indices: list[int]) -> torch.Tensor:
 
 
 def rows_of_step(step: int, batch: int, micro: int, rank: int, world: int, accumulation: int) -> list[list[int]]:
-    """Global sample indices of one optimizer step for one rank: a list of `micro` indices for each of `accumulation` micro-batches."""
+    """Global sample indices of one optimizer step for one rank: a list of `micro` indices for each of `accumulation` "
+    "micro-batches."""
     first = step * batch
-    return [list(range(first + (j * world + rank) * micro, first + (j * world + rank + 1) * micro)) for j in range(accumulation)]
+    return [
+        list(range(first + (j * world + rank) * micro, first + (j * world + rank + 1) * micro))
+        for j in range(accumulation)
+    ]

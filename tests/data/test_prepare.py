@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from reflow.data import digits, latents, sources
+from reflow.data import digits, latents
 from reflow.data.cache import CachedDataset
+from reflow.data.encode import Encoder
+from reflow.data.pictures import fit
 from reflow.data.prepare import Preparation
+from reflow.data.sources import open_source
 from reflow.errors import UserError
 from reflow.models import registry
 
@@ -31,7 +35,8 @@ def scans(folder, count=24):
 
 
 def prepared(base, folder, out, **options):
-    return Preparation(base, sources.folder(folder), out, **{"resolution": 16, "shard_size": 8, "batch_size": 4, **options}).run()
+    settings = {"sizes": [(16, 16)], "shard_size": 8, "batch_size": 4, **options}
+    return Preparation(base, open_source(folder), out, **settings).run()
 
 
 def test_the_cache_equals_direct_encoding(base, tmp_path):
@@ -48,47 +53,67 @@ def test_the_cache_equals_direct_encoding(base, tmp_path):
     want = null.where(torch.tensor([False, True, False, False]), text)
     torch.testing.assert_close(got.encoder_hidden_states, want.encoder_hidden_states, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.text_embeds, want.text_embeds, rtol=1e-5, atol=1e-5)
-    assert torch.equal(got.time_ids, text.time_ids) and torch.equal(data.null.encoder_hidden_states, null.encoder_hidden_states[:1])
+    assert torch.equal(got.time_ids, text.time_ids) and torch.equal(
+        data.null.encoder_hidden_states, null.encoder_hidden_states[:1]
+    )
 
 
-def test_a_killed_preparation_goes_on_and_redoes_no_finished_shard(base, tmp_path, monkeypatch):
-    data, seen, load = scans(tmp_path / "data"), [], sources.Item.load
+def test_a_killed_preparation_goes_on_and_redoes_no_finished_batch(base, tmp_path, monkeypatch):
+    data, images, text = scans(tmp_path / "data"), Encoder.latents, Encoder.text
+    seen = []
 
-    def counting(item):
-        if len(seen) == 13:
-            raise KeyboardInterrupt
-        seen.append(item.key)
-        return load(item)
+    def counting(what, real):
+        def encode(self, values, *numbers):
+            if len(seen) == 6:
+                raise KeyboardInterrupt  # nothing tidies up behind it: only what is on disk is left
+            seen.append((what, numbers or list(values)))
+            return real(self, values, *numbers)
 
-    monkeypatch.setattr(sources.Item, "load", counting)
+        return encode
+
+    monkeypatch.setattr(Encoder, "latents", counting("image", images))
+    monkeypatch.setattr(Encoder, "text", counting("text", text))
     with pytest.raises(KeyboardInterrupt):
         prepared(base, data, tmp_path / "out")
     with pytest.raises(UserError, match="not finished"):
         CachedDataset(tmp_path / "out", base)
-    again = []
-    monkeypatch.setattr(sources.Item, "load", lambda item: again.append(item.key) or load(item))
+    assert [what for what, _ in seen] == ["text"] * 3 + ["image"] * 3  # killed in the middle of the second shard
+    journal = tmp_path / "out" / ".latents-00001.journal"
+    whole, before = journal.read_bytes(), list(seen)
+    journal.write_bytes(whole + whole[-500:-100])  # and in the middle of writing a batch
+    seen.clear()
+    monkeypatch.setattr(Encoder, "latents", counting("image", images))
     prepared(base, data, tmp_path / "out")
-    assert again == [f"{i:03d}.png" for i in range(8, 24)]  # the first shard of 8 was whole
-    prepared(base, data, tmp_path / "whole")
-    for shard in sorted((tmp_path / "whole").glob("*.arrow")):
+    assert not [entry for entry in seen if entry in before] and len(before + seen) == 3 + 24 // 4
+    prepared_whole = tmp_path / "whole"
+    monkeypatch.undo()
+    prepared(base, data, prepared_whole)
+    for shard in sorted(prepared_whole.glob("*.arrow")):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+    assert sorted(p.name for p in prepared_whole.iterdir()) == sorted(p.name for p in (tmp_path / "out").iterdir())
 
 
 def test_modes_sizes_and_crops():
     wide = Image.new("RGB", (40, 20), "red")
-    pixels, ids = sources.square(wide, 10, 3)
+    pixels, ids = fit(wide, (10, 10), 3)
     assert pixels.shape == (3, 10, 10) and ids == [20, 40, 0, 5, 10, 10]
-    assert np.allclose(pixels[:, 5, 5], [1, -1, -1])
+    assert pixels[:, 5, 5].tolist() == [255, 0, 0]
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert (sources.square(clear, 8, 3)[0] == 1).all()  # transparency is white
-    assert (sources.square(clear.convert("LA"), 8, 1)[0] == 1).all()
-    palette = Image.new("RGB", (8, 8), "blue").convert("P")
-    assert np.allclose(sources.square(palette, 8, 3)[0][:, 0, 0], [-1, -1, 1])
+    assert (fit(clear, (8, 8), 3)[0] == 255).all()  # transparency is white
+    assert (fit(clear.convert("LA"), (8, 8), 1)[0] == 255).all()
+    assert (fit(clear.convert("PA"), (8, 8), 3)[0] == 255).all()
+    for mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX"):
+        assert (
+            np.abs(
+                fit(Image.new("RGB", (8, 8), "blue").convert(mode), (8, 8), 3)[0][:, 0, 0].astype(int) - [0, 0, 255]
+            ).max()
+            <= 2
+        )
     deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
-    assert (sources.square(deep, 8, 1)[0] == 1).all()
+    assert (fit(deep, (8, 8), 1)[0] == 255).all() and (fit(Image.new("1", (8, 8), 1), (8, 8), 3)[0] == 255).all()
     for wrong in (Image.new("F", (8, 8)), Image.new("RGB", (0, 8))):
         with pytest.raises(ValueError):
-            sources.square(wrong, 8, 3)
+            fit(wrong, (8, 8), 3)
 
 
 def test_unreadable_images_are_listed_and_too_many_are_an_error(base, tmp_path):
@@ -97,6 +122,7 @@ def test_unreadable_images_are_listed_and_too_many_are_an_error(base, tmp_path):
     (folder / "004.png").write_bytes((folder / "005.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"2 of 24 images .* --max-bad-share 0\.05 .*003\.png"):
         prepared(base, folder, tmp_path / "out")
+    (tmp_path / "out" / "skipped.jsonl").write_text('{"file": "of an earlier run"}\n')
     manifest = prepared(base, folder, tmp_path / "out", max_bad_share=0.1)
     listed = [json.loads(line)["file"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert listed == ["003.png", "004.png"] and manifest["counts"]["skipped"] == 2
@@ -106,17 +132,25 @@ def test_unreadable_images_are_listed_and_too_many_are_an_error(base, tmp_path):
 def test_captions_missing_empty_long_and_from_a_table(base, tmp_path):
     folder = scans(tmp_path / "data", 4)
     (folder / "000.txt").unlink()
-    with pytest.raises(UserError, match=r"1 of 4 images have no caption, the first is .*000\.png"):
-        sources.folder(folder)
-    assert sources.folder(folder, "")[0].caption == ""
-    (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "' + "long " * 2000 + '"}\n{"file_name": "001.png", "text": ""}\n')
-    assert [len(item.caption) for item in sources.folder(folder)[:2]] == [9999, 0]
+    with pytest.raises(UserError, match=r"1 of 4 images of .*data have no caption, the first is 000\.png"):
+        open_source(folder)
+    assert open_source(folder, caption="").caption(0) == "" and open_source(folder, caption="x ").caption(0) == "x"
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "000.png", "text": "' + "long " * 2000 + '"}\n{"file_name": "001.png", "text": ""}\n'
+    )
+    assert [len(open_source(folder).caption(number)) for number in (0, 1)] == [9999, 0]
     manifest = prepared(base, folder, tmp_path / "out")
-    assert manifest["counts"]["empty_captions"] == 1
-    assert torch.isfinite(CachedDataset(tmp_path / "out", base).conditioning(torch.arange(4)).encoder_hidden_states).all()
+    assert manifest["counts"]["empty_captions"] == manifest["counts"]["cut_captions"] == 1
+    cut = base.encode_prompts(["long " * 500]).encoder_hidden_states
+    torch.testing.assert_close(
+        CachedDataset(tmp_path / "out", base).conditioning(torch.tensor([0])).encoder_hidden_states, cut
+    )
+    assert torch.isfinite(
+        CachedDataset(tmp_path / "out", base).conditioning(torch.arange(4)).encoder_hidden_states
+    ).all()
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png"}\n')
     with pytest.raises(UserError, match="metadata.jsonl, line 1"):
-        sources.folder(folder)
+        open_source(folder)
 
 
 def test_another_vae_other_images_and_a_cut_shard_are_refused(base, tmp_path):
@@ -128,9 +162,18 @@ def test_another_vae_other_images_and_a_cut_shard_are_refused(base, tmp_path):
     for use in (lambda: CachedDataset(out, other), lambda: prepared(other, folder, out)):
         with pytest.raises(UserError, match="differ in VAE"):
             use()
+    (folder / "008.png").write_bytes((folder / "007.png").read_bytes())
+    (folder / "008.txt").write_text("one more")
     with pytest.raises(UserError, match="other settings"):
-        prepared(base, scans(folder, 9), out)
+        prepared(base, folder, out)
     (folder / "008.png").unlink()
+    (folder / "008.txt").unlink()
+    before = (folder / "000.png").read_bytes(), (folder / "000.png").stat()
+    (folder / "000.png").write_bytes(before[0][::-1])  # an edit that keeps the size
+    with pytest.raises(UserError, match="other settings or images"):
+        prepared(base, folder, out)
+    (folder / "000.png").write_bytes(before[0])
+    os.utime(folder / "000.png", ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
     shard = out / "latents-00000.arrow"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
@@ -141,7 +184,9 @@ def test_another_vae_other_images_and_a_cut_shard_are_refused(base, tmp_path):
 
 
 def test_a_vae_that_gives_nan_is_named_with_the_file(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(base), "encode_images", lambda self, pixels: torch.full((len(pixels), 2, 4, 4), float("nan")))
+    monkeypatch.setattr(
+        type(base), "encode_images", lambda self, pixels: torch.full((len(pixels), 2, 4, 4), float("nan"))
+    )
     with pytest.raises(UserError, match=r"000\.png"):
         prepared(base, scans(tmp_path / "data", 2), tmp_path / "out")
 
@@ -156,7 +201,9 @@ def test_training_runs_from_the_cache(base, tmp_path):
     spec.loader.exec_module(tiny)
     assert "prepare" in COMMANDS
     prepared(base, scans(tmp_path / "data"), tmp_path / "out")
-    recipe = tiny.recipe(tmp_path, "data.source=cache", f"data.path={tmp_path / 'out'}", "stages.0.samples=32", "stages.1.samples=32")
+    recipe = tiny.recipe(
+        tmp_path, "data.source=cache", f"data.path={tmp_path / 'out'}", "stages.0.samples=32", "stages.1.samples=32"
+    )
     assert run.train(recipe, tmp_path / "run") == 0
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
@@ -168,7 +215,12 @@ def test_null_rows_keep_each_images_own_time_ids(base, tmp_path):
     Image.new("L", (40, 20), "white").save(folder / "001.png")
     prepared(base, folder, tmp_path / "out")
     cached, scan = CachedDataset(tmp_path / "out", base), latents.encode_digits(base)
-    for data, sizes in ((cached, [[16, 16, 0, 0, 16, 16], [20, 40, 0, 8, 16, 16]]), (scan, [[16, 16, 0, 0, 16, 16]] * 2)):
+    for data, sizes in (
+        (cached, [[16, 16, 0, 0, 16, 16], [20, 40, 0, 8, 16, 16]]),
+        (scan, [[16, 16, 0, 0, 16, 16]] * 2),
+    ):
         rows = data.null_rows(torch.arange(2))
-        assert rows.time_ids.tolist() == sizes and torch.equal(rows.time_ids, data.conditioning(torch.arange(2)).time_ids)
-        assert not rows.encoder_hidden_states.any() and torch.equal(rows.text_embeds, data.null.text_embeds.expand(2, -1))
+        assert rows.time_ids.tolist() == sizes and torch.equal(
+            rows.time_ids, data.conditioning(torch.arange(2)).time_ids
+        )
+        assert torch.equal(rows.encoder_hidden_states, data.null.encoder_hidden_states.expand(2, -1, -1))

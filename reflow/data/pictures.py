@@ -1,0 +1,52 @@
+"""One image made ready for the VAE: colours, crop, size, and what SDXL is told of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+ORIENTATION = 0x0112
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) as it is shown, from an opened image's header. Raises ValueError for an image without pixels."""
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"it has {width} x {height} pixels")
+    return (width, height) if image.getexif().get(ORIENTATION) in TURNED else (height, width)
+
+
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode L (channels 1) or RGB on white. Raises ValueError for a mode without a known range."""
+    if image.mode == "F":
+        raise ValueError("mode F (floating point) has no known range")
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int) -> tuple[np.ndarray, list[int]]:
+    """Grey levels [channels, h, w] uint8 of the centre, and SDXL's [orig_h, orig_w, crop_top, crop_left, h, w].
+
+    size: (h, w). The largest centred part with that aspect ratio is taken; the crop counts in the image resized so that
+    it just covers h x w. Transparency becomes white. Raises ValueError for an image that cannot be used.
+    """
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"it has {width} x {height} pixels")
+    image = plain(image, channels)
+    h, w = size
+    wide = width * h >= height * w
+    inner_w, inner_h = (height * w / h, height) if wide else (width, width * h / w)
+    left, top = (width - inner_w) / 2, (height - inner_h) / 2
+    if (width, height) != (w, h):
+        # Crop and resize in one, so that a very long image is never enlarged as a whole.
+        image = image.resize((w, h), Image.Resampling.LANCZOS, box=(left, top, left + inner_w, top + inner_h))
+    pixels = np.asarray(image, np.uint8).reshape(h, w, -1).transpose(2, 0, 1)
+    scale = h / inner_h
+    return pixels, [height, width, round(top * scale), round(left * scale), h, w]

@@ -1,0 +1,68 @@
+"""Items of one or several latent shapes, and what every data set answers about them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items first, first + 1, ... (count of them) whose latents all have one shape (C, h, w)."""
+
+    first: int
+    count: int
+    shape: tuple[int, ...]
+
+
+def grouped(counts: list[int], shapes: list[tuple[int, ...]]) -> tuple[Group, ...]:
+    """Groups one after another; empty ones are left out."""
+    groups, first = [], 0
+    for count, shape in zip(counts, shapes, strict=True):
+        if count:
+            groups.append(Group(first, count, tuple(shape)))
+        first += count
+    return tuple(groups)
+
+
+class Shaped:
+    """A data set whose items lie group after group. Subclasses have `groups` and __len__."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Items of each group: what the order of an epoch is made from."""
+        return tuple(group.count for group in self.groups)
+
+    @property
+    def largest(self) -> Group:
+        return max(self.groups, key=lambda group: group.count)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one latent: of the largest group where there are several."""
+        return self.largest.shape
+
+    def preview(self, count: int) -> torch.Tensor:
+        """The first items, at most `count`, that have the data set's `shape`."""
+        return torch.arange(self.largest.first, self.largest.first + min(count, self.largest.count))
+
+    def group_of(self, items: torch.Tensor) -> Group:
+        """The group of items [B]. Raises ValueError where they are of several."""
+        group = next(g for g in self.groups if int(items.min()) < g.first + g.count)
+        if int(items.max()) >= group.first + group.count:
+            raise ValueError(f"Items of several latent shapes cannot make one batch: {items.tolist()}")
+        return group
+
+    def runs(self, items: list[int]) -> list[slice]:
+        """Cut a list of items where the shape changes."""
+        edges = (
+            [0] + [i for i in range(1, len(items)) if self._group(items[i]) != self._group(items[i - 1])] + [len(items)]
+        )
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+    def _group(self, item: int) -> int:
+        return next(n for n, g in enumerate(self.groups) if item < g.first + g.count)

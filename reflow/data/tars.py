@@ -1,0 +1,148 @@
+"""Webdataset tars: `a.jpg` with `a.txt` or `a.json`. Where every member lies is written down once, so any image is "
+"one read away."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from PIL import Image
+
+from reflow.data.sources import SUFFIXES, Source, stamp
+from reflow.errors import UserError
+
+SCHEMA = pyarrow.schema(
+    [("key", pyarrow.string()), ("offset", pyarrow.int64()), ("size", pyarrow.int64()), ("caption", pyarrow.string())]
+)
+NAMES = ("caption", "text")
+
+
+def index_folder() -> Path:
+    """Where indices are kept: $REFLOW_CACHE, or `reflow` in the user's cache folder."""
+    return Path(
+        os.environ.get("REFLOW_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflow"
+    )
+
+
+class Tars(Source):
+    """The images of tars, in the tars' order and then as they lie in each.
+
+    A caption is the .txt member of the same name; else, or where caption_column is given, that entry of its .json
+    (`caption` or `text` by default). Raises UserError naming the tar that is cut short or cannot be read.
+    """
+
+    def __init__(self, files: list[Path], place: str, caption_column: str = "") -> None:
+        self.place, self.files, self.column = place, files, caption_column
+        tables = [self._index(file) for file in files]
+        self.ends = np.cumsum([len(t) for t in tables])
+        self.table = pyarrow.concat_tables(tables)
+        if not len(self.table):
+            raise UserError(f"There are no images in the tars of {place}; their members end in {', '.join(SUFFIXES)}.")
+
+    def _index(self, file: Path) -> pyarrow.Table:
+        """The members of one tar, from the index written earlier for this very file, else from the tar."""
+        name = hashlib.sha256(json.dumps([str(file.resolve()), *stamp(file), self.column]).encode()).hexdigest()
+        kept = index_folder() / f"tar-{name[:32]}.arrow"
+        try:
+            with pyarrow.memory_map(str(kept)) as source:
+                return pyarrow.ipc.open_file(source).read_all()
+        except (OSError, pyarrow.ArrowInvalid):
+            table = read_members(file, self.column)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+            with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
+                writer.write_table(table)
+            os.replace(temporary, kept)
+        except OSError:
+            pass  # a folder that cannot be written costs reading the members again, nothing else
+        return table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _file(self, number: int) -> Path:
+        return self.files[int(np.searchsorted(self.ends, number, side="right"))]
+
+    def _cell(self, column: str, number: int) -> Any:
+        return self.table.column(column)[number].as_py()
+
+    def key(self, number: int) -> str:
+        return f"{self._file(number).name}/{self._cell('key', number)}"
+
+    def words(self, number: int) -> str | None:
+        return self._cell("caption", number)
+
+    def uncaptioned(self) -> tuple[int, int]:
+        column = self.table.column("caption")
+        return column.null_count, column.is_null().index(True).as_py() if column.null_count else 0
+
+    def open(self, number: int) -> Image.Image:
+        with self._file(number).open("rb") as stream:
+            stream.seek(self._cell("offset", number))
+            return Image.open(io.BytesIO(stream.read(self._cell("size", number))))
+
+    def digest(self) -> str:
+        listed = [(f.name, *stamp(f)) for f in self.files]
+        return hashlib.sha256(json.dumps([listed, self.column, self.default]).encode()).hexdigest()
+
+
+def read_members(file: Path, caption_column: str) -> pyarrow.Table:
+    """Images of one tar with their captions: a table of SCHEMA. Raises UserError naming the tar."""
+    images: dict[str, tuple[str, int, int]] = {}
+    words: dict[str, dict[str, str]] = {}
+    end = 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                end = member.offset_data + -(-member.size // 512) * 512
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, kind = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if dot + kind.lower() in SUFFIXES:
+                    if key in images:
+                        raise UserError(
+                            f"{file} holds two images called {key} ({images[key][0]} and {member.name}); give each a "
+                            f"name of its own."
+                        )
+                    images[key] = (member.name, member.offset_data, member.size)
+                elif kind in ("txt", "json"):
+                    words.setdefault(key, {})[kind] = text_of(tar.extractfile(member).read(), file, member.name)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"The tar {file} is cut short or damaged ({error}); copy it again, or take it away.") from error
+    if file.stat().st_size < end + 512:  # a whole tar ends in a block of zeros
+        raise UserError(f"The tar {file} is cut short: its end is missing; copy it again, or take it away.")
+    rows = [(*place, caption_of(words.get(key, {}), caption_column, file, key)) for key, place in images.items()]
+    return pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
+
+
+def text_of(content: bytes, file: Path, member: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{member} in {file} is no UTF-8 text ({error}); write it again.") from error
+
+
+def caption_of(words: dict[str, str], column: str, file: Path, key: str) -> str | None:
+    """The caption among a key's .txt and .json; None where there is none."""
+    if "txt" in words and not column:
+        return words["txt"]
+    if "json" not in words:
+        return None
+    try:
+        row = json.loads(words["json"])
+        found = next((row[name] for name in ([column] if column else NAMES) if row.get(name) is not None), None)
+        if found is not None and not isinstance(found, str):
+            raise ValueError("the caption is no text")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{key}.json in {file} cannot be read ({error}); correct it.") from error
+    return found

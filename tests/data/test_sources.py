@@ -1,0 +1,150 @@
+"""Tars, parquet files and saved datasets give the same images and captions as a folder; what is cut short is named."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from reflow.data.sources import open_source
+from reflow.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFLOW_CACHE", str(tmp_path / "index"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def png(shade: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((6, 4 + shade), shade, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shown(source):
+    return [(np.asarray(source.image(n)).tolist(), source.caption(n)) for n in range(len(source))]
+
+
+def folder_of(place):
+    place.mkdir()
+    for n, words in enumerate(("a zero", "", "long " * 2000)):
+        (place / f"{n}.png").write_bytes(png(n))
+        (place / f"{n}.txt").write_text(words)
+    return shown(open_source(place))
+
+
+def test_tars_hold_what_the_folder_holds_and_are_indexed_once(tmp_path, monkeypatch):
+    want = folder_of(tmp_path / "plain")
+    tar(
+        tmp_path / "t" / "0.tar",
+        {"0.png": png(0), "0.txt": b"a zero", "x/1.PNG": png(1), "x/1.json": b'{"caption": "", "w": 3}'},
+    )
+    tar(
+        tmp_path / "t" / "1.tar",
+        {"failed.json": b"{}", "2.txt": b"long " * 2000, "2.png": png(2), "2.json": b'{"other": "2"}'},
+    )
+    source = open_source(tmp_path / "t")
+    assert shown(source) == want and [source.key(n) for n in range(3)] == [
+        "0.tar/0.png",
+        "0.tar/x/1.PNG",
+        "1.tar/2.png",
+    ]
+    assert source.sizes(range(3)).tolist() == [[6, 4], [6, 5], [6, 6]]
+    monkeypatch.setattr(tarfile, "open", None)  # the second time nothing reads the tars' members again
+    assert shown(open_source(f"{tmp_path}/t/*.tar")) == want
+    monkeypatch.undo()
+    named = tar(tmp_path / "n.tar", {"2.txt": b"no", "2.png": png(2), "2.json": b'{"other": "two"}'})
+    assert open_source(named, caption_column="other").caption(0) == "two"
+
+
+def test_bad_tars_are_named(tmp_path):
+    whole = tar(
+        tmp_path / "whole.tar",
+        {f"{n}.{kind}": png(n) if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")},
+    )
+    content, last = whole.read_bytes(), 5 * 1024  # six members of a header and a block of content
+    assert len(content) > last + 1024
+    for place in (
+        last + 700,
+        last + 100,
+        last,
+        last + 1024,
+    ):  # in a member, in a header, between two members, before the end mark
+        cut = tmp_path / f"cut{place}.tar"
+        cut.write_bytes(content[:place])
+        with pytest.raises(UserError, match=rf"cut{place}\.tar is cut short"):
+            open_source(cut)
+    with pytest.raises(UserError, match=r"1 of 1 images .* no caption, the first is bare\.tar/7\.png"):
+        open_source(tar(tmp_path / "bare.tar", {"7.png": png(0)}))
+    with pytest.raises(UserError, match=r"two images called 7"):
+        open_source(tar(tmp_path / "twice.tar", {"7.png": png(0), "7.jpg": png(0)}))
+    with pytest.raises(UserError, match=r"7\.json in .*odd\.tar"):
+        open_source(tar(tmp_path / "odd.tar", {"7.png": png(0), "7.json": b'{"caption": 3}'}))
+    packed = tmp_path / "packed.tar.gz"
+    packed.write_bytes(b"")
+    with pytest.raises(UserError, match="compressed tars"):
+        open_source(packed)
+
+
+def test_parquet_and_saved_datasets_hold_what_the_folder_holds(tmp_path):
+    want, words = folder_of(tmp_path / "plain"), ["a zero", None, "long " * 2000]
+    (tmp_path / "p").mkdir()
+    bare = pyarrow.table({"picture": [png(n) for n in range(3)], "words": words})  # bytes, as other tools write them
+    pyarrow.parquet.write_table(bare, tmp_path / "p" / "a.parquet")
+    with pytest.raises(UserError, match=r"no caption column .* picture, words: name one with --caption-column"):
+        open_source(tmp_path / "p")
+    with pytest.raises(UserError, match="1 of 3 images .* no caption, the first is row 1"):
+        open_source(tmp_path / "p", caption_column="words")
+    source = open_source(tmp_path / "p", caption_column="words", caption="")
+    assert shown(source) == want and source.sizes(range(3)).tolist() == [[6, 4], [6, 5], [6, 6]]
+    kept = datasets.Dataset.from_dict(
+        {"text": ["a zero", "", words[2]], "image": [{"bytes": png(n), "path": None} for n in range(3)]},
+        datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()}),
+    )
+    datasets.DatasetDict({"train": kept}).save_to_disk(tmp_path / "saved")
+    assert shown(open_source(tmp_path / "saved")) == want
+    with pytest.raises(UserError, match="no split 'test'; write --split train"):
+        open_source(tmp_path / "saved", split="test")
+    with pytest.raises(UserError, match=r"column text of .* holds no images"):
+        open_source(tmp_path / "saved", image_column="text")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes((tmp_path / "p" / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cut\.parquet is cut short"):
+        open_source(cut)
+
+
+def test_what_is_no_source_is_refused(tmp_path):
+    for path, words in (
+        (tmp_path / "none", "nothing at"),
+        (tmp_path / "*.tar", "No file fits"),
+        ("nobody/nothing", "cannot load it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_source(path)
+    tar(tmp_path / "mix" / "a.tar", {"7.png": png(0), "7.txt": b"x"})
+    (tmp_path / "mix" / "b.png").write_bytes(png(1))
+    with pytest.raises(UserError, match="loose images such as b.png"):
+        open_source(tmp_path / "mix")
+
+
+def test_an_edited_source_has_another_digest(tmp_path):
+    first = tar(tmp_path / "a.tar", {"7.png": png(0), "7.txt": b"x"})
+    before = open_source(first).digest()
+    assert before == open_source(first).digest() != open_source(first, caption_column="caption", caption="").digest()
+    tar(first, {"7.png": png(0), "7.txt": b"y"})
+    assert open_source(first).digest() != before and open_source(first).caption(0) == "y"
