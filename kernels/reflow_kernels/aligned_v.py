@@ -167,9 +167,12 @@ def _setup_context(ctx, inputs, output):
     model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict = inputs
     ctx.save_for_backward(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, output[2])
     ctx.options = (eps, backend, strict)
+    ctx.set_materialize_grads(False)  # zeros for parts and stats would be two more launches in every backward
 
 
 def _autograd(ctx, grad_loss, grad_parts, grad_stats):
+    if grad_loss is None:
+        return (None,) * 10
     grad = torch.ops.reflow_kernels.aligned_v_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
     return (grad, *(None,) * 9)
 
