@@ -8,12 +8,21 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 transformers.logging.set_verbosity_error()
 
@@ -149,3 +158,67 @@ def sdxl(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def controlnet(pipe: Any) -> ControlNetModel:
+    """A ControlNet of this pipeline's UNet whose residuals are not zero, as those of a new one are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval()
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(block.weight, std=0.3)
+        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=30.0)
+    return net
+
+
+def image_encoder(width: int = 24) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+    """CLIP's image half, as IP-Adapters read it: images of 32 pixels to embeddings [B, width]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        config = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+            projection_dim=width,
+        )
+        processor = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32})
+        return CLIPVisionModelWithProjection(config).eval(), processor
+
+
+def ip_adapter(unet: UNet2DConditionModel, width: int = 24, tokens: int = 4) -> dict[str, torch.Tensor]:
+    """Random weights of an IP-Adapter for this UNet, named as the published files."""
+    g = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=g)
+
+    cross = unet.config.cross_attention_dim
+    state = {
+        "image_proj.proj.weight": normal(tokens * cross, width, scale=width**-0.5),
+        "image_proj.proj.bias": torch.zeros(tokens * cross),
+        "image_proj.norm.weight": torch.ones(cross),
+        "image_proj.norm.bias": torch.zeros(cross),
+    }
+    # The published files count all attention processors, self and cross in turn; only cross ones have weights.
+    for number, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            shape = attention.to_k.weight.shape
+            for key in ("to_k_ip", "to_v_ip"):
+                state[f"ip_adapter.{number}.{key}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
+    return state
+
+
+def lora(unet: UNet2DConditionModel, rank: int = 2, scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """A random LoRA on every attention projection of this UNet, named as diffusers saves one."""
+    g = torch.Generator().manual_seed(4)
+    state = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            outputs, inputs = module.weight.shape
+            state[f"unet.{name}.lora_A.weight"] = scale * torch.randn(rank, inputs, generator=g)
+            state[f"unet.{name}.lora_B.weight"] = scale * torch.randn(outputs, rank, generator=g)
+    return state
