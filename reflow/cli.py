@@ -18,7 +18,7 @@ from reflow.quiet import quiet_libraries
 
 # Each command's module has `arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
-    "prepare": ("reflow.commands.prepare", "encode a folder of captioned images once, to train on"),
+    "prepare": ("reflow.commands.prepare", "encode captioned images once to train on, or solve pairs once"),
     "train": ("reflow.commands.train", "train a recipe; the same command resumes"),
     "sample": ("reflow.commands.sample", "make images from prompts"),
     "evaluate": ("reflow.commands.evaluate", "measure a run's students against their teacher"),

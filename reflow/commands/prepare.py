@@ -1,4 +1,4 @@
-"""`reflow prepare`: captioned images encoded once, for `data.source = "cache"`."""
+"""`reflow prepare`: captioned images encoded once, for `data.source = "cache"`; with --pairs, windows solved once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import argparse
 import functools
 from typing import Any
 
-from reflow.commands.common import positive
+from reflow.commands import prepare_pairs
+from reflow.commands.common import positive, single_file_arguments, single_file_options
+from reflow.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", required=True, help="of the base: sd15, sdxl or digits")
+    parser.add_argument("--family", help="of the base: sd15, sdxl or digits")
     parser.add_argument("--base", default="builtin", help="diffusers folder or hub name ('builtin': the digits model)")
     parser.add_argument(
         "--data",
-        required=True,
         metavar="PATH",
         help="folder of images with .txt files or a metadata.jsonl, of webdataset tars or of parquet files, a saved "
         "`datasets` folder, or a dataset's name on the hub",
@@ -22,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="", metavar="NAME", help="of parquet and datasets")
     parser.add_argument("--caption-column", default="", metavar="NAME", help="of parquet, datasets and a tar's .json")
     parser.add_argument("--split", default="train", help="of a dataset (default: train)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the cache; the same command goes on with it")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder; the same command goes on with it")
     parser.add_argument("--resolution", type=positive, help="side in pixels (default: the base's own)")
     parser.add_argument(
         "--buckets",
@@ -43,16 +44,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of images that may be unreadable (default: 0.05)"
     )
+    single_file_arguments(parser)
+    prepare_pairs.arguments(parser.add_argument_group("stored pairs: --pairs COUNT --recipe NAME --out DIR"))
 
 
-def load(family: str, base: str, device: str) -> Any:
+def load(family: str, base: str, options: dict[str, str], device: str) -> Any:
     """The base's encoders on a device; a worker process calls this too."""
     from reflow.models import registry
 
-    return registry.family(family).load(base, device=device, parts=("vae", "text"))
+    return registry.family(family).load(base, device=device, parts=("vae", "text"), **options)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.pairs:
+        return prepare_pairs.run(args)
+    for name in ("family", "data"):
+        if getattr(args, name) is None:
+            raise UserError(f"Write --{name} too: `reflow prepare` encodes the images of --data with the model of --base, or solves --pairs.")
     import os
 
     import torch
@@ -62,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from reflow.data.sources import open_source
     from reflow.training.progress import Progress
 
-    loader = functools.partial(load, args.family, args.base)
+    loader = functools.partial(load, args.family, args.base, single_file_options(args))
     source = open_source(args.data, caption=args.caption, image_column=args.image_column,
                          caption_column=args.caption_column, split=args.split)  # fmt: skip
     base = loader(workers.device_of(0))

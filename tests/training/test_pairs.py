@@ -1,5 +1,6 @@
 """Solved pairs that outlive their run: other recipes train on them without a teacher, and only where they fit."""
 
+import argparse
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from reflow.commands import prepare
 from reflow.errors import UserError
 from reflow.training import run, solve_pairs
 
@@ -64,3 +66,19 @@ def test_a_killed_solve_goes_on_and_a_damaged_chunk_is_named(store, tmp_path):
         solve_pairs.solve(tiny.recipe(tmp_path, *ONE, "train.seed=5"), 1, 24, folder)
     with pytest.raises(UserError, match="--run-dir"):
         solve_pairs.solve(recipe, 2, 8, tmp_path / "c")
+
+
+def test_the_command_solves_pairs_and_says_how_to_use_them(store, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    prepare.arguments(parser)
+    recipe = ["--recipe", str(store[1].parent / "tiny.toml"), "--set", "train.batch_size=8", "--set", "train.micro_batch=8"]
+    out = tmp_path / "pairs"
+    assert prepare.run(parser.parse_args(["--pairs", "8", "--out", str(out), *recipe])) == 0
+    assert f"stages.0.pairs_from={out}" in capsys.readouterr().out
+    ours, theirs = (load_file(folder / "pairs-00000.safetensors") for folder in (out, store[1]))
+    assert all(torch.equal(ours[k], theirs[k][:8]) for k in ("item", "dropped", "window"))
+    torch.testing.assert_close(ours["z_end"], theirs["z_end"][:8])  # solved in a batch of another size
+    with pytest.raises(UserError, match="--family"):
+        prepare.run(parser.parse_args(["--out", str(out)]))
+    with pytest.raises(UserError, match="--recipe"):
+        prepare.run(parser.parse_args(["--out", str(out), "--pairs", "4"]))
