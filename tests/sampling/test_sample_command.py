@@ -19,14 +19,23 @@ from reflow.sampling.pictures import from_pil, read_note, to_pil
 from reflow.states import write_state
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def exported(request, tmp_path_factory):
+def export(name, place):
     """(folder of an exported 4-window student, the same model as a Base)."""
-    place = tmp_path_factory.mktemp(request.param)
-    pipe = tiny_pipelines.quiet(getattr(tiny_pipelines, request.param)())
+    pipe = tiny_pipelines.quiet(getattr(tiny_pipelines, name)())
     pipe.save_pretrained(place / "base")
     export_folder(place / "base", pipe.unet.state_dict(), place / "student", windows=4, dtype="fp32")
-    return place / "student", family(request.param).load(place / "student")
+    return place / "student", family(name).load(place / "student")
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def exported(request, tmp_path_factory):
+    return export(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """For what does not depend on the family."""
+    return export("sd15", tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture
@@ -74,9 +83,9 @@ def test_a_long_prompt_is_cut_and_said_once(reflow, exported, here, capsys):
     assert torch.equal(base.encode_prompts([long]).encoder_hidden_states, cut)
 
 
-def test_width_and_height(reflow, exported, here):
-    folder, base = exported
-    cell = 64 if base.family.name == "sd15" else 32
+def test_width_and_height(reflow, one, here):
+    folder, base = one
+    cell = 64
     options = ("--width", cell, "--height", 2 * cell)
     assert reflow("sample", "--base", folder, "--prompt", "abc", *options, *FP32) == 0
     assert pixels("samples/00000.png").shape == (2 * cell, cell, 3)
@@ -130,8 +139,8 @@ def test_starting_from_an_image_equals_diffusers(reflow, exported, here):
         (("--steps", "2"), "--steps 2 is fewer than the student's 4 windows"),
     ],
 )
-def test_mistakes_leave_nothing_behind(reflow, exported, here, options, words):
-    folder, _ = exported
+def test_mistakes_leave_nothing_behind(reflow, one, here, options, words):
+    folder, _ = one
     Image.new("P", (1, 1)).save("dot.png")
     (here / "text.png").write_text("no picture")
     before = sorted(here.rglob("*"))
@@ -140,8 +149,8 @@ def test_mistakes_leave_nothing_behind(reflow, exported, here, options, words):
     assert sorted(here.rglob("*")) == before
 
 
-def test_a_base_takes_a_negative_prompt_and_no_image(reflow, exported, here):
-    folder, base = exported
+def test_a_base_takes_a_negative_prompt_and_no_image(reflow, one, here):
+    folder, base = one
     plain = folder.parent / "base"
     say = ("sample", "--base", plain, "--prompt", "abc", "--steps", 2, "--guidance", 2)
     assert reflow(*say, "--negative-prompt", "", *FP32) == 0
@@ -168,8 +177,8 @@ def test_a_base_takes_a_negative_prompt_and_no_image(reflow, exported, here):
         ),
     ],
 )
-def test_a_scheduler_that_contradicts_the_weights_is_refused(reflow, exported, here, change, words):
-    folder, _ = exported
+def test_a_scheduler_that_contradicts_the_weights_is_refused(reflow, one, here, change, words):
+    folder, _ = one
     other = shutil.copytree(folder, here / "other")
     file = other / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -178,8 +187,8 @@ def test_a_scheduler_that_contradicts_the_weights_is_refused(reflow, exported, h
     assert not (here / "samples").exists()
 
 
-def test_exporting_weights_with_another_reading_than_their_own_is_refused(exported, tmp_path):
-    folder, base = exported
+def test_exporting_weights_with_another_reading_than_their_own_is_refused(one, tmp_path):
+    folder, base = one
     state = base.unet.state_dict()
     says = student_metadata(Windows.uniform(4), "ddim_v")
     file = write_state(state, tmp_path / "student.safetensors", metadata=says)
