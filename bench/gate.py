@@ -61,8 +61,8 @@ def errors_of(output: Any, oracle: Any) -> list[float]:
 
 
 def check(output: Any, oracle: Any, tolerance: float | Sequence[float]) -> float:
-    """The largest error of ``output`` against ``oracle``; GateError where one is above ``tolerance`` (one for all tensors
-    or one for each)."""
+    """The largest error of ``output`` against ``oracle``; GateError where one is above ``tolerance`` (one for all
+    tensors or one for each)."""
     errors = errors_of(output, oracle)
     allowed = [tolerance] * len(errors) if isinstance(tolerance, float | int) else tolerance
     for number, (error, limit) in enumerate(zip(errors, allowed, strict=True)):

@@ -94,7 +94,8 @@ def copy_bandwidth(session: Session) -> float:
     if row is None:
         source = torch.zeros(size, dtype=torch.uint8, device=session.device)
         target = torch.empty_like(source)
-        session.measure(cell, lambda: {"copy": Peer(lambda: target.copy_(source))}, ["copy"], modes=["plain"], caches=["warm"])
+        made = {"copy": Peer(lambda: target.copy_(source))}
+        session.measure(cell, lambda: made, ["copy"], modes=MODES[:1], caches=CACHES[:1])
         row = session.recorder.get(session.key(**cell, peer="copy"))
     return 2 * size / (row["median_us"] * 1e-6) if row else float("nan")
 
@@ -124,7 +125,7 @@ def cases(spec: Spec) -> list[str]:
 
 
 def names(spec: Spec, case: str) -> list[str]:
-    """The peers of a case. Only reductions can be cooperative; at 1 GiB published code would measure its temporaries."""
+    """The peers of a case. Only reductions can be cooperative; at 1 GiB published code measures its temporaries."""
     if spec.gib:
         return ["copy", "compile", "ours"]
     reduces = case.startswith("aligned_v_loss") or case.endswith("rescale")

@@ -146,17 +146,17 @@ class Step:
 
 
 def step_published(case: Step) -> Callable[[], Any]:
-    """PeRFlow's solver: timesteps to the host, alphas filled in a Python loop and copied back, a half-precision state."""
+    """PeRFlow's solver: timesteps to the host, alphas filled in a Python loop and copied back, a bf16 or fp16 state."""
     dtype = case.output.dtype
-    latents, table = case.state.to(dtype), case.alphas.to(dtype).cpu()
+    latents, table = case.state.to(dtype), case.alphas.to(dtype).tolist()
     shape = (-1,) + (1,) * (latents.dim() - 1)
 
     def run() -> Any:
-        times, previous = case.timesteps.cpu(), case.previous.cpu()
-        now, then = torch.zeros(len(times), dtype=dtype), torch.zeros(len(times), dtype=dtype)
+        times, previous = case.timesteps.cpu().tolist(), case.previous.cpu().tolist()
+        now, then = [0.0] * len(times), [0.0] * len(times)
         for i in range(len(times)):
             now[i], then[i] = table[times[i]], table[previous[i]]
-        alpha, alpha_next = (value.to(latents.device).reshape(shape) for value in (now, then))
+        alpha, alpha_next = (torch.tensor(v, dtype=dtype).to(latents.device).reshape(shape) for v in (now, then))
         uncond, cond = case.output.chunk(2)
         noise = uncond + GUIDANCE * (cond - uncond)
         beta = 1 - alpha
@@ -218,7 +218,8 @@ def chord_published(start: Tensor, end: Tensor, tau: Tensor, dt: Tensor, dtype: 
     start, end = start.to(dtype), end.to(dtype)
     t_start = torch.ones_like(dt)
     t_end, t = t_start + dt, t_start + tau * dt
-    latents = start + (end - start) / (t_end - t_start).reshape(shape).to(dtype) * (t - t_start).reshape(shape).to(dtype)
+    passed = (t - t_start).reshape(shape).to(dtype)
+    latents = start + (end - start) / (t_end - t_start).reshape(shape).to(dtype) * passed
     velocity = (end - start) / (t_end - t_start).reshape(shape).to(dtype)
     return latents, velocity, latents.to(dtype)
 

@@ -51,7 +51,7 @@ class Peer:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that every measuring bench has."""
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: exercises the code, no numbers")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: exercises the code, no numbers")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no new cell after this many seconds")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: $OUT, else bench/results/<machine>")
     parser.add_argument("--seed", type=int, default=0)
@@ -222,7 +222,7 @@ def line(row: Mapping[str, Any]) -> str:
     shape = "x".join(str(size) for size in row["shape"] or ())
     head = f"{row['bench']} {row['case']} {row['dtype'] or ''} {shape} {row['mode']}/{row['cache']} {row['peer']}"
     if row["median_us"] is None:
-        return f"{head}: {row['note']}"
+        return f"{head}: {row['note']}"[:240]
     text = f"{head}: {row['median_us']:.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f}, {row['rounds']} rounds)"
     if row["error"] is not None:
         text += f", error {row['error']:.2g}"

@@ -1,0 +1,110 @@
+"""``python -m bench launches``: kernel launches and host syncs of the ops and of a training step's own work.
+
+On a GPU torch.profiler counts kernels, copies and fills, and driver calls that wait; on a CPU a TorchDispatchMode
+counts ATen calls (see :mod:`bench.counting`). Counts do not depend on sizes, so the shapes are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import counting, peers
+from bench.session import Session, add_options
+
+SHAPE = (2, 4, 8, 8)
+# What the fused ops promise (kernels/README.md): a count that is higher makes the run exit 1.
+PROMISED = {
+    "aligned_v_loss/forward": 2,
+    "aligned_v_loss/backward": 1,
+    "guided_step": 1,
+    "window_chord": 1,
+    "cfg_combine": 1,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    session = Session("launches", arguments)
+    for case, name, run in _calls(session):
+        cell = {"case": case, "peer": name, "dtype": "bf16", "shape": list(SHAPE)}
+        if session.recorder.done(session.key(**cell)) or session.out_of_time():
+            continue
+        counted = counting.count(run, session.device)
+        most = ", ".join(f"{number} {label}" for label, number in list(counted.names.items())[:6])
+        promised = PROMISED.get(case) if name == "ours" else None
+        broken = peers.ours_backend(session.device)[0] == "triton" and promised is not None
+        broken = broken and (counted.launches > promised or counted.syncs > 0)
+        if broken:
+            found = f"{counted.launches} launches and {counted.syncs} syncs"
+            session.fail(f"launches {case}", f"{found}, promised {promised} and 0")
+        session.add(
+            **cell,
+            launches=counted.launches,
+            syncs=counted.syncs,
+            failed=broken,
+            note=f"{counted.launches} launches, {counted.syncs} syncs ({counted.how}): {most}",
+            extra={"names": counted.names},
+        )
+    return session.exit_code()
+
+
+def _calls(session: Session) -> list[tuple[str, str, Callable[[], Any]]]:
+    """(case, peer, call)."""
+    import reflow_kernels
+
+    device = session.device
+    generator = torch.Generator(device)
+    generator.manual_seed(session.seed)
+    target = torch.randn(SHAPE, generator=generator, device=device).bfloat16()
+    output = (target + 0.3 * torch.randn(SHAPE, generator=generator, device=device).bfloat16()).requires_grad_()
+    weight = torch.full(SHAPE[:1], peers.DIRECTION_WEIGHT, device=device)
+    incoming = torch.ones((), device=device)
+    backend, _ = peers.ours_backend(device)
+    calls: list[tuple[str, str, Callable[[], Any]]] = []
+    losses = {"published": peers.loss_published, "eager": peers.loss_eager, "ours": peers.loss_ours(backend)}
+    for name, function in losses.items():
+        held = function(output, target, weight)
+
+        def backward(held=held):
+            return torch.autograd.grad(held, output, incoming, retain_graph=True)
+
+        calls.append(("aligned_v_loss/forward", name, lambda function=function: function(output, target, weight)))
+        calls.append(("aligned_v_loss/backward", name, backward))
+
+    case = peers.Step.make(SHAPE, torch.bfloat16, device, generator)
+    if device.type != "cuda":
+        case.timesteps, case.previous = counting.on_device(case.timesteps), counting.on_device(case.previous)
+    for name, run in (
+        ("published", peers.step_published(case)),
+        ("eager", peers.step_eager(case)),
+        ("ours", peers.step_ours(case, backend)),
+    ):
+        calls.append(("guided_step", name, run))
+
+    start, end = case.state, case.state + 0.1
+    tau, dt = torch.full(SHAPE[:1], 0.5, device=device), torch.full(SHAPE[:1], -0.25, device=device)
+    wide = tau.reshape(-1, 1, 1, 1), dt.reshape(-1, 1, 1, 1)
+    half = torch.bfloat16
+    calls += [
+        ("window_chord", "published", lambda: peers.chord_published(start, end, tau, dt, half)),
+        ("window_chord", "eager", lambda: peers.chord_eager(start, end, *wide, half)),
+        (
+            "window_chord",
+            "ours",
+            lambda: reflow_kernels.window_chord(start, end, tau, dt, input_dtype=half, backend=backend),
+        ),
+    ]
+    scale = torch.full(SHAPE[:1], peers.GUIDANCE, device=device)
+    calls += [
+        ("cfg_combine", "published", lambda: peers.guidance_published(case.output, peers.GUIDANCE, 0.0)),
+        ("cfg_combine", "eager", lambda: peers.guidance_eager(case.output, scale.reshape(-1, 1, 1, 1), 0.0)),
+        ("cfg_combine", "ours", lambda: reflow_kernels.cfg_combine(case.output, scale, backend=backend)),
+    ]
+    return calls
