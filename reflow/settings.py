@@ -24,6 +24,10 @@ class Model(Section):
     config: str = ""
     prediction_type: Literal["", "epsilon", "v_prediction"] = ""
     student_weights: str = ""
+    attention: Literal["auto", "sdpa", "xformers", "cudnn", "flash"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
     lora_rank: NonNegativeInt = 0
     lora_alpha: NonNegativeFloat = 0.0
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -35,6 +39,13 @@ class Data(Section):
     source: str = "digits"
     path: str = ""
     caption_drop: Fraction = 0.1
+    resolution: NonNegativeInt = 0
+    buckets: bool = False
+    image_column: str = ""
+    caption_column: str = ""
+    split: str = "train"
+    missing_captions: Literal["error", "empty"] = "error"
+    max_bad_share: Fraction = 0.05
 
 
 class Student(Section):
@@ -50,7 +61,9 @@ class Teacher(Section):
     method: Literal["ddim", "euler", "heun"] = "ddim"
     guidance_scale: float = 1.0
     drops_captions: bool = True
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    fp8_max_error: PositiveFloat = 0.05
+    offload: bool = False
     batch_size: PositiveInt = 128
     cuda_graph: bool = False
 
