@@ -26,12 +26,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=["diffusers", "single-file", "delta", "lora", "lora-kohya"],
         default="diffusers",
-        help="a folder that diffusers loads (default), one file with the original checkpoint's names, or the "
-        "difference to the base, for `reflow merge`; of a LoRA student, the file for pipe.load_lora_weights, or the same "
-        "with kohya's names for ComfyUI and AUTOMATIC1111",
+        help="a folder that diffusers loads (default), one file with the original checkpoint's names for ComfyUI and "
+        "AUTOMATIC1111, or the difference to the base, for `reflow merge`; of a LoRA student, the file for "
+        "pipe.load_lora_weights, or the same with kohya's names. Beside a file lies its card, NAME.md",
     )
     parser.add_argument(
-        "--dtype", choices=["fp16", "bf16", "fp32"], help="of the written weights (default: fp16; for a delta or LoRA fp32)"
+        "--dtype",
+        choices=["fp16", "bf16", "fp32"],
+        help="of the written weights (default: fp16; for a delta or LoRA fp32)",
     )
     parser.add_argument(
         "--steps", type=positive, help="steps that a folder is meant to be sampled with (default: one a window)"
@@ -49,34 +51,48 @@ def run(args: argparse.Namespace) -> int:
             f"--format {args.format} writes {wanted}, so --out {args.out} does not fit; change one of them."
         )
     refuse_existing(pathlib.Path(args.out))
+    if args.format != "diffusers":
+        refuse_existing(card_file(args.out))
 
     from reflow.delta import student_metadata, write_delta
-    from reflow.export import export_folder, export_single_file
+    from reflow.export import export_folder, export_single_file, stock_scheduler
     from reflow.lora_files import export_lora, student_state
+    from reflow.model_spec import other_programs
     from reflow.models import base_path, family
+    from reflow.sampling import PiecewiseFlowScheduler
 
     settings, stage = reading_of(weights, recipe), stage_of(weights)
     says = student_metadata(
         **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base
     )
     base = family(recipe.model.family).load(base_path(recipe.model), parts=())
+    says["base_prediction_type"] = base.prediction_type
+    card = card_of(folder, recipe, weights)
     count = len(settings["windows"])
     which = f"stage {stage} of {len(recipe.stages)}, {count} window{'s' * (count != 1)}"
     if args.format.startswith("lora"):
-        path = export_lora(weights, args.out, dtype=args.dtype or "fp32", kohya=args.format == "lora-kohya", metadata=says)
+        kohya = args.format == "lora-kohya"
+        path = export_lora(weights, args.out, dtype=args.dtype or "fp32", kohya=kohya, metadata=says)
+        write_card("lora", path, base.scheduler_config, settings, card)
         print(f"LoRA of {recipe.name} ({which}) for {recipe.model.base}: {path}")
         print(lora_scheduler(base.scheduler_config, settings))
         return 0
     student = student_state(base.path, weights)
     if args.format == "delta":
         path = write_delta(base.path, student, args.out, dtype=args.dtype or "fp32", metadata=says)
+        write_card("delta", path, base.scheduler_config, settings, card)
         print(f"Delta weights of {recipe.name} ({which}) against {recipe.model.base}: {path}")
         return 0
     if args.format == "single-file":
-        path = export_single_file(base.path, student, args.out, dtype=args.dtype or "fp16", metadata=says)
+        scheduler = PiecewiseFlowScheduler.for_student(base.scheduler_config, **settings)
+        guidance = recipe.validate_.guidance_scale
+        told = dict(metadata=says, scheduler=scheduler, guidance=guidance)
+        path = export_single_file(base.path, student, args.out, dtype=args.dtype or "fp16", **told)
+        write_card("single-file", path, base.scheduler_config, settings, card)
         print(f"Single file of {recipe.name} ({which}): {path}")
+        for program, how in other_programs(scheduler, stock_scheduler(scheduler)[0] is not None, guidance).items():
+            print(f"{program}: {how}")
         return 0
-    card = card_of(folder, recipe, weights)
     done = export_folder(
         base.path, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card
     )
@@ -93,14 +109,33 @@ def lora_scheduler(config: Any, settings: dict[str, Any]) -> str:
     windows = len(settings["windows"])
     if stock_scheduler(PiecewiseFlowScheduler.for_student(config, **settings))[0] is not None:
         return (
-            f"scheduler, for exactly {windows} steps: DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, "
-            'set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")'
+            f"scheduler, for exactly {windows} steps: DDIMScheduler.from_config(pipe.scheduler.config, "
+            'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")'
         )
     return (
         "scheduler: reflow.sampling.PiecewiseFlowScheduler.for_student(pipe.scheduler.config, "
-        f"{list(settings['windows'].boundaries)}, prediction_type={settings['prediction_type']!r}, "
-        f"network_time={settings['network_time']!r})"
+        f"reflow.flow.Windows({tuple(settings['windows'].boundaries)}), "
+        f"prediction_type={settings['prediction_type']!r}, network_time={settings['network_time']!r})"
     )
+
+
+def card_file(out: str | pathlib.Path) -> pathlib.Path:
+    """Where the card of a single file lies: beside it, NAME.md."""
+    return pathlib.Path(out).with_suffix(".md")
+
+
+def write_card(kind: str, path: pathlib.Path, config: Any, settings: dict[str, Any], card: dict[str, Any]) -> None:
+    """Write the card of a file; ``config`` is the base's scheduler config, ``settings`` how the student is read."""
+    from reflow.export import stock_scheduler
+    from reflow.model_card import model_card
+    from reflow.sampling import PiecewiseFlowScheduler
+
+    scheduler = PiecewiseFlowScheduler.for_student(config, **settings)
+    stock, reason = stock_scheduler(scheduler)
+    text = model_card(
+        card, name=path.name, scheduler=scheduler, steps=None, stock=stock is not None, reason=reason, kind=kind
+    )
+    card_file(path).write_text(text, encoding="utf-8")
 
 
 def scheduler_line(done: Any) -> str:
@@ -123,6 +158,7 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
     card: dict[str, Any] = {
         "title": f"{recipe.name}, {len(recipe.stages[stage - 1].edges) - 1}-step student",
         "base": f"the {recipe.model.family} model of reflow" if builtin else recipe.model.base,
+        "family": recipe.model.family,
         "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
         "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {recipe.data.path}",
         "guidance": {
@@ -154,6 +190,7 @@ def evaluation_of(report_file: pathlib.Path, weights: pathlib.Path) -> dict[str,
         "measures": (
             f"Paired error: RMS pixel distance (pixels -1 to 1) to the teacher's {settings['teacher_steps']} steps "
             f"from the same noise. FD: Fréchet distance to {report['real_scans']} real scans by classifier features. "
-            f"{settings['samples']} samples with each of {settings['seeds']} sampling seeds; ± is half a 95 % interval."
+            f"{settings['samples']} samples with each of {settings['seeds']} sampling seeds; ± is half a 95 % "
+            "interval."
         ),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,8 +87,10 @@ class Adapters:
         self.dtype = next(unet.parameters()).dtype
         config = dict(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
         try:
-            for name in names:
-                unet.add_adapter(LoraConfig(**config), adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+                for name in names:
+                    unet.add_adapter(LoraConfig(**config), adapter_name=name)
         except ValueError as error:
             raise UserError(f"model.lora_targets = {list(targets)} cannot be used: {str(error).splitlines()[0]} Name linear and "
                             f"convolution layers.") from error
