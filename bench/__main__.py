@@ -10,8 +10,10 @@ from reflow.errors import UserError
 
 # command -> (module, what it does); modules are imported only when their command runs.
 COMMANDS = {
+    "all": ("bench.everything", "the whole suite, the first questions first"),
     "ops": ("bench.ops", "the four ops against published, eager and compiled code"),
     "solver": ("bench.solver", "accuracy of a window's velocity: bf16 state against fp32 state"),
+    "tail": ("bench.tail", "clipping, optimizer and EMA"),
     "launches": ("bench.launches", "kernel launches and host syncs of the ops"),
     "step": ("bench.step", "a training step in parts and as a whole against the published-style loop"),
     "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),

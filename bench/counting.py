@@ -1,8 +1,8 @@
 """Kernel launches and host syncs of a call: torch.profiler on a GPU, a TorchDispatchMode on a CPU.
 
 On a CPU an ATen call that computes counts as a launch (views and allocations do not), kernels of ``reflow_kernels``
-count where they are started, and ``item``, ``nonzero`` and copies between devices count as syncs. A CPU-only process has one
-device, so there a copy between devices is one between a tensor marked :func:`on_device` and any other.
+count where they are started, and ``item``, ``nonzero`` and copies between devices count as syncs. A CPU-only process has
+one device, so there a copy between devices is ``.cpu()`` of a tensor marked with :func:`on_device`.
 """
 
 from __future__ import annotations

@@ -29,11 +29,12 @@ class Peer:
     """One way to do what a cell is about.
 
     run: a call without arguments. oracle: what it must return, None for a peer that computes nothing (an empty kernel).
-    tolerance: allowed error, as in :mod:`bench.gate`, one or one for each tensor. capturable: False for a peer that syncs with the host.
-    note: what a reader must know, e.g. that it keeps a bf16 state. read: the result to judge, by default what ``run``
-    returns. launches: False where counting a call is too expensive. why_absent: a peer that cannot run here, and why.
-    setup: called before ``run`` is captured, on the stream of the capture (the forward of a backward-only peer).
-    facts: from its times to what stands beside them in the row (samples a second, memory).
+    tolerance: allowed error, as in :mod:`bench.gate`, one or one for each tensor. capturable: False for a peer that
+    syncs with the host. note: what a reader must know, e.g. that it keeps a bf16 state. read: the result to judge, by
+    default what ``run`` returns. launches: False where counting a call is too expensive. why_absent: a peer that cannot
+    run here, and why. setup: called before ``run`` is captured, on the stream of the capture (the forward of a
+    backward-only peer). facts: from its times to what stands beside them in the row (samples a second, memory). trial:
+    what the gate calls instead of ``run``: the same work on small operands made afresh, for peers that change theirs.
     """
 
     run: Callable[[], Any]
@@ -46,6 +47,7 @@ class Peer:
     why_absent: str = ""
     setup: Callable[[], Any] | None = None
     facts: Callable[[timing.Times], dict[str, Any]] | None = None
+    trial: Callable[[], Any] | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +181,7 @@ class Session:
         read = peer.read
 
         def run() -> Any:
-            result = peer.run()
+            result = (peer.trial or peer.run)()
             return result if read is None else read()
 
         verdict = gate.judge(run, peer.oracle, peer.tolerance)
