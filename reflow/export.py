@@ -29,7 +29,8 @@ from reflow.delta import student_metadata, student_settings
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.model_card import model_card
-from reflow.models import family
+from reflow.model_spec import markers, model_spec, other_programs
+from reflow.models import Family, family
 from reflow.quiet import quiet_imports
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.states import WEIGHTS, State, cast, dtype_of, read_state, refuse_existing, write_state
@@ -287,6 +288,17 @@ def export_folder(
     return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".")
 
 
+def _single_file_family(base_path: Path) -> Family:
+    index = _read_json(base_path / "model_index.json")
+    names = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+    if index.get("_class_name") not in names:
+        raise UserError(
+            f"{base_path} holds a {index.get('_class_name')}; one file with original key names exists for "
+            f"{' and '.join(names)} only."
+        )
+    return family(names[index["_class_name"]])
+
+
 def single_file_state(
     base_path: str | Path, unet_state: str | Path | State, *, dtype: str | torch.dtype = "fp16"
 ) -> dict[str, torch.Tensor]:
@@ -297,14 +309,7 @@ def single_file_state(
     two text encoders of one width.
     """
     base_path = Path(base_path)
-    index = _read_json(base_path / "model_index.json")
-    names = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-    if index.get("_class_name") not in names:
-        raise UserError(
-            f"{base_path} holds a {index.get('_class_name')}; one file with original key names exists for "
-            f"{' and '.join(names)} only."
-        )
-    base = family(names[index["_class_name"]]).load(base_path, parts=("vae", "text"))
+    base = _single_file_family(base_path).load(base_path, parts=("vae", "text"))
     encoders = base.text_encoders
     if not base.family.pooled and encoders[0].config.hidden_act != "quick_gelu":
         raise UserError(
@@ -334,16 +339,24 @@ def export_single_file(
     *,
     dtype: str | torch.dtype = "fp16",
     metadata: Mapping[str, Any] | None = None,
+    scheduler: PiecewiseFlowScheduler | None = None,
+    guidance: float = 1.0,
 ) -> Path:
     """Write one .safetensors file with the original checkpoint's key names; ``metadata`` is stored with it as text.
 
-    Such a file has no scheduler: say in which program, with which one, it is to be used (stock DDIM, trailing spacing,
-    one step a window, where :func:`stock_scheduler` finds it exact). Raises UserError as :func:`single_file_state`
-    does, and if ``out`` exists.
+    Such a file has no scheduler. Give the student's own, from PiecewiseFlowScheduler.for_student, and the file says
+    in ModelSpec metadata what the network predicts and how it is to be sampled, with ``guidance``; v-prediction is
+    marked as programs expect it. Raises UserError as :func:`single_file_state` does, and if ``out`` exists.
     """
     refuse_existing(Path(out))
-    return write_state(
-        single_file_state(base_path, unet_state, dtype=dtype),
-        out,
-        metadata={key: str(value) for key, value in (metadata or {}).items()},
-    )
+    state, says = single_file_state(base_path, unet_state, dtype=dtype), dict(metadata or {})
+    if scheduler is not None:
+        _same_reading(unet_state, scheduler)
+        base = _single_file_family(Path(base_path)).load(base_path, parts=())
+        settings = other_programs(scheduler, stock_scheduler(scheduler)[0] is not None, guidance)
+        usage = ". ".join(f"{program}: {how}" for program, how in settings.items())
+        spec = model_spec(
+            scheduler, base.family.name, title=Path(out).stem, resolution=base.resolution, usage=usage
+        )
+        state, says = state | markers(scheduler), spec | says
+    return write_state(state, out, metadata={key: str(value) for key, value in says.items()})

@@ -1,4 +1,5 @@
-"""README.md of an exported folder: what the model is, how to sample it, how it was made and how good it is."""
+"""The card of an exported model, a folder's README.md or a file's NAME.md: what it is, how to sample it, how it was
+made and how good it is."""
 
 from __future__ import annotations
 
@@ -51,6 +52,90 @@ def _guidance_argument(card: Mapping[str, Any]) -> str:
     return f", guidance_scale={value:g}" if isinstance(value, (int, float)) else ""
 
 
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+DDIM = 'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"'
+IMPORTED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+
+
+def scheduler_code(scheduler: PiecewiseFlowScheduler, stock: bool) -> str:
+    """A Python expression that makes the student's scheduler for any pipeline of its base: stock DDIM where that is
+    exact (``stock``, for one step a window), else ours."""
+    config = scheduler.config
+    betas = ", ".join(f"{key}={config[key]!r}" for key in BETAS if config[key] not in (None, False))
+    if stock:
+        kind = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}[config.prediction_type]
+        return f'DDIMScheduler({betas}, prediction_type="{kind}", {DDIM})'
+    boundaries = tuple(scheduler.windows.boundaries)
+    return (
+        f"PiecewiseFlowScheduler({betas}, window_boundaries={boundaries}, "
+        f'prediction_type="{config.prediction_type}", network_time="{config.network_time}")'
+    )
+
+
+def _python(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
+
+
+def _call(steps: int, card: Mapping[str, Any]) -> str:
+    return f'image = pipe("a prompt", num_inference_steps={steps}{_guidance_argument(card)}).images[0]'
+
+
+def _use_folder(card: Mapping[str, Any], name: str, count: int, steps: int, stock: bool, reason: str) -> list[str]:
+    imports = [] if stock else ["import reflow.sampling  # the scheduler's class"]
+    load = f'pipe = DiffusionPipeline.from_pretrained("{name}")'
+    lines = _python("from diffusers import DiffusionPipeline", *imports, "", load, _call(steps, card))
+    if stock:
+        return [
+            *lines,
+            f"Use exactly {count} step{'s' * (count != 1)} with this scheduler; {reason}. For more steps install "
+            "reflow and write:",
+            "",
+            *_python(
+                "from reflow.sampling import PiecewiseFlowScheduler",
+                "",
+                f"pipe.scheduler = PiecewiseFlowScheduler.from_config(pipe.scheduler.config, num_time_windows={count})",
+            ),
+        ]
+    return [
+        *lines,
+        f"The folder carries reflow's PiecewiseFlowScheduler, because {reason}. Use {count} steps or more.",
+        "",
+    ]
+
+
+def _use_file(
+    kind: str, card: Mapping[str, Any], name: str, scheduler: PiecewiseFlowScheduler, steps: int, stock: bool
+) -> list[str]:
+    """How a single file, a delta or a LoRA is used; ``name`` is the file's."""
+    from reflow.model_spec import PAGE, other_programs
+
+    base = card.get("base", "the base")
+    where = "from diffusers import DDIMScheduler" if stock else "from reflow.sampling import PiecewiseFlowScheduler"
+    set_scheduler = f"pipe.scheduler = {scheduler_code(scheduler, stock)}"
+    guidance = card.get("guidance", 1.0)
+    scale = guidance.get("guidance_scale", 1.0) if isinstance(guidance, Mapping) else guidance
+    programs = other_programs(scheduler, stock, scale if isinstance(scale, (int, float)) else 1.0)
+    listed = [*(f"* {program}: {how}." for program, how in programs.items()), ""]
+    if kind == "delta":
+        return [
+            f"What training changed, to be added to {base} or to a fine-tune of it:",
+            "",
+            "```bash",
+            f"reflow merge --base MY-FINE-TUNE --delta {name} --out my-fast-model",
+            "```",
+            "",
+        ]
+    if kind == "lora":
+        load = f'pipe.load_lora_weights("{name}")'
+        lines = _python(where, "", f"# pipe: a pipeline of {base}", load, set_scheduler, _call(steps, card))
+        return [*lines, *listed]
+    pipeline = IMPORTED.get(str(card.get("family")), "StableDiffusionXLPipeline")
+    load = f'pipe = {pipeline}.from_single_file("{name}")'
+    lines = _python(f"from diffusers import {pipeline}", where, "", load, set_scheduler, _call(steps, card))
+    hint = f"Use {scheduler.config.num_time_windows} steps{'' if stock else ' or more'}. In other programs ({PAGE}):"
+    return [*lines, hint, "", *listed]
+
+
 def model_card(
     card: Mapping[str, Any],
     *,
@@ -59,10 +144,11 @@ def model_card(
     steps: int | None,
     stock: bool,
     reason: str,
+    kind: str = "folder",
 ) -> str:
     """Markdown with a Hugging Face header. ``card`` keys recipe, data, steps, guidance and evaluation come in that
-    order, then the rest; license, base and title go where a hub reader looks for them. Values may be text, numbers,
-    mappings or rows."""
+    order, then the rest; license, base, family and title go where a hub reader looks for them. Values may be text,
+    numbers, mappings or rows. ``kind`` is what was written: "folder", "single-file", "delta" or "lora"."""
     count = len(scheduler.windows)
     steps = steps or count
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["reflow", "few-step"]}
@@ -77,35 +163,11 @@ def model_card(
         f"A {steps}-step student{base}, trained by progressive reflow on {count} time window{'s' * (count != 1)}.",
         "",
     ]
-    import_line = [] if stock else ["import reflow.sampling  # the scheduler's class"]
-    lines += [
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        *import_line,
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{name}")',
-        f'image = pipe("a prompt", num_inference_steps={steps}{_guidance_argument(card)}).images[0]',
-        "```",
-        "",
-    ]
-    boundaries = ", ".join(f"{t:g}" for t in scheduler.windows.boundaries)
-    if stock:
-        lines += [
-            f"Use exactly {count} step{'s' * (count != 1)} with this scheduler; {reason}. For more steps install "
-            "reflow and write:",
-            "",
-            "```python",
-            "from reflow.sampling import PiecewiseFlowScheduler",
-            "",
-            f"pipe.scheduler = PiecewiseFlowScheduler.from_config(pipe.scheduler.config, num_time_windows={count})",
-            "```",
-            "",
-        ]
+    if kind == "folder":
+        lines += _use_folder(card, name, count, steps, stock, reason)
     else:
-        lines += [
-            f"The folder carries reflow's PiecewiseFlowScheduler, because {reason}. Use {count} steps or more.",
-            "",
-        ]
+        lines += _use_file(kind, card, name, scheduler, steps, stock)
+    boundaries = ", ".join(f"{t:g}" for t in scheduler.windows.boundaries)
     lines += [
         "| | |",
         "|---|---|",
@@ -114,7 +176,7 @@ def model_card(
         f"| network_time | {scheduler.config.network_time} |",
         "",
     ]
-    rest = [key for key in card if key not in SECTIONS and key not in ("title", "license", "base")]
+    rest = [key for key in card if key not in SECTIONS and key not in ("title", "license", "base", "family")]
     for key in [key for key in SECTIONS if key in card] + rest:
         lines += [f"## {key.replace('_', ' ').capitalize()}", "", _body(card[key]), ""]
     return "\n".join(lines)

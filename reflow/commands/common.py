@@ -25,8 +25,12 @@ def positive(text: str) -> int:
 def single_file_arguments(parser: argparse.ArgumentParser) -> None:
     """What a base that is one .safetensors or .ckpt file needs beside it."""
     group = parser.add_argument_group("for a model that is a single file (.safetensors, .ckpt)")
-    group.add_argument("--tokenizer", default="", metavar="DIR", help="a folder with CLIP's tokenizer: a diffusers folder")
-    group.add_argument("--config", default="", metavar="DIR", help="a folder with its configs (default: SD1.5's or SDXL's)")
+    group.add_argument(
+        "--tokenizer", default="", metavar="DIR", help="a folder with CLIP's tokenizer: a diffusers folder"
+    )
+    group.add_argument(
+        "--config", default="", metavar="DIR", help="a folder with its configs (default: SD1.5's or SDXL's)"
+    )
     group.add_argument(
         "--base-prediction-type",
         default="",
