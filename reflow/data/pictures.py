@@ -14,6 +14,8 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if not width or not height:
         raise ValueError(f"it has {width} x {height} pixels")
+    if image.format == "PNG" and "exif" not in image.info:
+        return height, width  # looking further would decode the whole picture
     return (width, height) if image.getexif().get(ORIENTATION) in TURNED else (height, width)
 
 

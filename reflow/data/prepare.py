@@ -262,7 +262,9 @@ class Preparation:
             raise UserError(
                 f"None of the {len(self.source)} images can be used; {self.out / 'skipped.jsonl'} says why of each."
             )
-        null = self.base.null_conditioning(1, self.sizes[0]).to("cpu", torch.float32)
+        rows = {size: sum(notes_of(self.out / t.file)["rows"] for t in tasks if t.size == size) for size in self.sizes}
+        commonest = max(self.sizes, key=rows.get)
+        null = self.base.null_conditioning(1, commonest).to("cpu", torch.float32)
         tensors = {
             "encoder_hidden_states": null.encoder_hidden_states,
             "text_embeds": null.text_embeds,

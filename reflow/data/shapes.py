@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from reflow.errors import UserError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -45,6 +47,14 @@ class Shaped:
     def shape(self) -> tuple[int, ...]:
         """(C, h, w) of one latent: of the largest group where there are several."""
         return self.largest.shape
+
+    def need_one_shape(self, what: str) -> None:
+        """Raises UserError where the items have several shapes, which `what` cannot hold."""
+        if len(self.groups) > 1:
+            raise UserError(
+                f"{what} needs images of one size, and these data come in {len(self.groups)} (aspect-ratio buckets); "
+                "solve every window as it comes (pairs = 0), or prepare the data without --buckets."
+            )
 
     def preview(self, count: int) -> torch.Tensor:
         """The first items, at most `count`, that have the data set's `shape`."""

@@ -72,6 +72,7 @@ class PairStore:
     """
 
     def __init__(self, folder: pathlib.Path, solver: Solver, count: int) -> None:
+        solver.data.need_one_shape("A store of pairs")
         self.folder, self.solver, self.count = folder, solver, count
         self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
 

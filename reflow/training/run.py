@@ -14,6 +14,8 @@ from reflow import config
 from reflow.settings import Recipe
 from reflow.data.cache import CachedDataset
 from reflow.data.latents import LatentDataset, encode_digits
+from reflow.data.shapes import Shaped
+from reflow.data.stream import StreamDataset, stream
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
@@ -39,14 +41,27 @@ def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: boo
                         f"--allow-config-change to go on with the new ones.")
 
 
-def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset:
+def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | StreamDataset:
     if recipe.data.source == "digits":
         return encode_digits(base)
-    if recipe.data.source == "cache":
-        return CachedDataset(recipe.data.path, base)
-    near = config.nearest(recipe.data.source, ["digits", "cache"])
-    raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', or 'cache' with the --out of "
-                    f"`reflow prepare` as data.path.")
+    if recipe.data.source not in ("cache", "stream"):
+        near = config.nearest(recipe.data.source, ["digits", "cache", "stream"])
+        raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', 'cache' with the --out of "
+                        f"`reflow prepare` as data.path, or 'stream' with images as data.path.")
+    data = CachedDataset(recipe.data.path, base) if recipe.data.source == "cache" else stream(recipe.data, base)
+    check_shapes(recipe, data)
+    return data
+
+
+def check_shapes(recipe: Recipe, data: Shaped) -> None:
+    """Refuse what cannot be done with images of several sizes. Raises UserError naming the key."""
+    stored = next((i for i, stage in enumerate(recipe.stages) if stage.stored), None)
+    if stored is not None:
+        data.need_one_shape(f"stages.{stored} with stored pairs")
+    micro = min(recipe.train.micro_batch, max(1, recipe.train.batch_size // dist.get_world_size()))
+    if len(data.groups) > 1 and recipe.train.micro_batch % micro:
+        raise UserError(f"With images of several sizes each rank's micro-batch, here {micro} samples, must divide train.micro_batch = "
+                        f"{recipe.train.micro_batch}; write train.micro_batch = {micro}.")
 
 
 def be_deterministic(wanted: bool) -> None:
@@ -71,7 +86,7 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     return base
 
 
-def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset]:
+def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset | StreamDataset]:
     """Join the other ranks and load what the recipe names: this rank's device, the base model and the data. Nothing is written."""
     device = engine.init_distributed()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -47,9 +47,16 @@ class Solver:
     def inputs(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Items [B], dropped [B] bool and noise [B,C,h,w] of the solves, on the CPU."""
         seed, stage = self.recipe.train.seed, self.flow.index
-        items = torch.tensor([sampler.item_of(seed, stage, i, len(self.data)) for i in indices])
-        drop, noise = sampler.solve_draws(seed, stage, indices, self.data.shape)
+        block = self.recipe.train.micro_batch // self.flow.stage.chords_per_solve
+        items = torch.tensor(sampler.items_of(seed, stage, indices, self.data.counts, block))
+        drop, noise = sampler.solve_draws(seed, stage, indices, self.data.group_of(items).shape)
         return items, drop < self.recipe.data.caption_drop, noise
+
+    def by_shape(self, indices: list[int]) -> list[list[int]]:
+        """The indices in lists whose latents have one shape each; one list where the data have one shape."""
+        block = self.recipe.train.micro_batch // self.flow.stage.chords_per_solve
+        items = sampler.items_of(self.recipe.train.seed, self.flow.index, indices, self.data.counts, block)
+        return [indices[run] for run in self.data.runs(items)]
 
     def __call__(self, indices: list[int]) -> Solved:
         items, dropped, noise = self.inputs(indices)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, PngImagePlugin
+from reflow_kernels import AlignedVLoss
 
 from reflow.settings import Recipe
 from reflow.data import sampler
@@ -19,7 +20,7 @@ from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.family import Base, denoise
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.training import targets
-from reflow.training.solves import Solver
+from reflow.training.solves import Solved, Solver
 from reflow.training.stages import StageFlow
 from reflow.training.telemetry import Log
 
@@ -38,9 +39,10 @@ class Validation:
         self.schedule = DiscreteVP.from_config(base.scheduler_config)
         settings, data = recipe.validate_, solver.data
         if settings.prompts:
-            conditioning = base.encode_prompts(list(settings.prompts))
+            pixels = tuple(side * base.vae_scale_factor for side in data.shape[1:])
+            conditioning = base.encode_prompts(list(settings.prompts), pixels)
         else:
-            conditioning = data.conditioning(torch.arange(min(settings.images, len(data))))
+            conditioning = data.conditioning(data.preview(settings.images))
         self.conditioning = conditioning.to(self.device, torch.float32)
         _, noise = sampler.solve_draws(recipe.train.seed, 0, list(range(FIXED, FIXED + len(conditioning))), data.shape)
         self.noise = noise.to(self.device)
@@ -90,7 +92,7 @@ class Validation:
         if dist.get_rank() == 0 and self.recipe.validate_.every:
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
             first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
-            self.fixed = self.solver(list(range(first, first + count)))
+            self.fixed = [self.solver(part) for part in self.solver.by_shape(list(range(first, first + count)))]
             steps, guidance = self.recipe.validate_.teacher_steps, self.recipe.validate_.guidance_scale
             with self.root() as root:
                 teacher = sample_teacher(self.base, root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
@@ -101,23 +103,28 @@ class Validation:
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
         """Squared error, its parts and 1 - cosine of the chord velocity at fixed places of every window."""
-        solved, records, dtype = self.fixed, [], next(unet.parameters()).dtype
-        conditioning = solved.conditioning.to(dtype=dtype)
+        window, records = torch.cat([solved.window for solved in self.fixed]), []
         for tau in TAUS:
-            places = torch.full((len(solved.window),), tau, device=self.device)
-            t = self.flow.table.time(solved.window, places)
-            z = torch.lerp(solved.z_start, solved.z_end, places.view(-1, 1, 1, 1))
-            velocity = (solved.z_end - solved.z_start) / self.flow.table.dt[solved.window].view(-1, 1, 1, 1)
-            output = denoise(unet, z.to(dtype), network_time(t, self.recipe.student.network_time), conditioning)
-            at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
-            result = targets.loss(output, at, self.flow.table, self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"}),
-                                  kind="mse", direction_weight=0.0)
+            parts = [self.errors(unet, solved, tau) for solved in self.fixed]
+            mses, magnitudes, cosines = (torch.cat([getattr(part, name) for part in parts]) for name in ("mse", "magnitude", "cosine"))
             for k in self.flow.active.tolist():
-                here = solved.window == k
-                mse, magnitude = float(result.mse[here].mean()), float(result.magnitude[here].mean())
+                here = window == k
+                mse, magnitude = float(mses[here].mean()), float(magnitudes[here].mean())
                 records.append({"window": k, "tau": tau, "mse": mse, "magnitude": magnitude, "direction": mse - magnitude,
-                                "one_minus_cosine": float(result.cosine[here].mean())})
+                                "one_minus_cosine": float(cosines[here].mean())})
         return records
+
+    def errors(self, unet: torch.nn.Module, solved: Solved, tau: float) -> AlignedVLoss:
+        """The chord velocity's error of solved windows of one shape, at the place tau in each."""
+        dtype = next(unet.parameters()).dtype
+        places = torch.full((len(solved.window),), tau, device=self.device)
+        t = self.flow.table.time(solved.window, places)
+        z = torch.lerp(solved.z_start, solved.z_end, places.view(-1, 1, 1, 1))
+        velocity = (solved.z_end - solved.z_start) / self.flow.table.dt[solved.window].view(-1, 1, 1, 1)
+        output = denoise(unet, z.to(dtype), network_time(t, self.recipe.student.network_time), solved.conditioning.to(dtype=dtype))
+        at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
+        objective = self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"})
+        return targets.loss(output, at, self.flow.table, objective, kind="mse", direction_weight=0.0)
 
     def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any]) -> None:
         """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher."""
