@@ -82,11 +82,29 @@ def check(recipe: Recipe, where: str) -> None:
         if recipe.objective.points == "schedule" and recipe.stage_value(i, "objective", "loss") == "aligned_v":
             raise UserError(f"{where}: {key} has loss 'aligned_v' with objective.points = 'schedule', whose target is the window's end and no "
                             f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
+    check_memory(recipe, where)
     if recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"{where}: train.micro_batch = {recipe.train.micro_batch} must divide train.batch_size = {recipe.train.batch_size}.")
     if recipe.objective.points == "schedule" and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):
         raise UserError(f"{where}: objective.points = 'schedule' needs student.prediction_type 'ddim_eps' or 'ddim_v', "
                         f"not '{recipe.student.prediction_type}'.")
+
+
+def check_memory(recipe: Recipe, where: str) -> None:
+    """Refuse ways to save memory that exclude each other."""
+    train, teacher = recipe.train, recipe.teacher
+    if train.offload and train.optimizer != "adamw":
+        raise UserError(f"{where}: train.offload = true keeps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
+                        f"offloaded. Write optimizer = 'adamw', or 'paged_adamw8bit' with offload = false.")
+    if train.offload and not train.zero_stage:
+        raise UserError(f"{where}: train.offload = true is DeepSpeed's ZeRO offload and train.zero_stage is 0; write zero_stage = 1, 2 or 3.")
+    if teacher.offload and (teacher.cuda_graph or teacher.precision == "fp8"):
+        other = "cuda_graph = true" if teacher.cuda_graph else "precision = 'fp8'"
+        raise UserError(f"{where}: teacher.offload = true moves the teacher's weights, which teacher.{other} keeps in place; choose one of the two.")
+    if recipe.model.lora_rank and (teacher.offload or teacher.precision == "fp8"):
+        other = "offload = true" if teacher.offload else "precision = 'fp8'"
+        raise UserError(f"{where}: with model.lora_rank the teacher is the student's own network without its adapter, so teacher.{other} would take "
+                        f"the student along; write offload = false and precision = 'bf16'.")
 
 
 def sentence(item: dict[str, Any], where: str) -> str:

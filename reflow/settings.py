@@ -62,7 +62,7 @@ class Teacher(Section):
     guidance_scale: float = 1.0
     drops_captions: bool = True
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    fp8_max_error: PositiveFloat = 0.05
+    fp8_max_error: PositiveFloat = 0.1
     offload: bool = False
     batch_size: PositiveInt = 128
     cuda_graph: bool = False

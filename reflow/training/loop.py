@@ -106,6 +106,8 @@ class Loop:
         recipe, train, stage = self.recipe, self.recipe.train, self.recipe.stages[index]
         flow = stages.build(recipe, index, self.schedule, self.base.prediction_type, self.device)
         solver = Solver(recipe, flow, self.data, self.networks.teacher(index), self.device)
+        if solver.rounding and resume is None:
+            self.log.write("teacher", before, {"stage": index, **solver.rounding})
         student = self.networks.student(index)
         validation = Validation(recipe, flow, self.base, self.networks.root, solver, self.run_dir, self.log)
         if resume is None:

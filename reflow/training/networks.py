@@ -22,8 +22,8 @@ from reflow.settings import Recipe
 
 
 def solver_dtype(recipe: Recipe) -> torch.dtype:
-    """Of the frozen teacher."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+    """Of the frozen teacher's input and of what is not in 8 bits."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[recipe.teacher.precision]
 
 
 def trained_dtype(recipe: Recipe) -> torch.dtype:

@@ -59,7 +59,8 @@ def digest(tensors: Any) -> str:
     """Hash of the shapes of tensors and of up to 4096 evenly spaced elements of each: quick for billions of parameters."""
     total = hashlib.sha256()
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        flat = (tensor if plain else tensor.dequantize()).detach().reshape(-1)  # a float8 teacher's
         total.update(str(tuple(tensor.shape)).encode())
         total.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
     return total.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.flow.captured import CapturedSolve
 from reflow.models.family import Conditioning, denoise
+from reflow.training import teachers
 from reflow.training.stages import StageFlow
 
 
@@ -41,8 +43,10 @@ class Solver:
 
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
         self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.teacher.precision]
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[recipe.teacher.precision]
         self.captured: CapturedSolve | None = None
+        self.parked = teachers.park(teacher, device) if recipe.teacher.offload else None
+        self.rounding = teachers.to_fp8(self, recipe.teacher.fp8_max_error) if recipe.teacher.precision == "fp8" else None
 
     def inputs(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Items [B], dropped [B] bool and noise [B,C,h,w] of the solves, on the CPU."""
@@ -64,7 +68,7 @@ class Solver:
         student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
         taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
         noise, latent = noise.to(self.device), self.data.latent(items).to(self.device, torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
             z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
             if z_start is not None:
                 z_end = self.solve(z_start, window, self.teacher_rows(taught, items))
