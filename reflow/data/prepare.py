@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -128,6 +129,12 @@ class Preparation:
         count: processes; those after this one load their base by `loader(device)`.
         """
         manifest = self.begin()
+        with alone(self.out):
+            return self.work(manifest, progress, count, loader)
+
+    def work(
+        self, manifest: dict[str, Any], progress: Callable[[int], None], count: int, loader: workers.Loader | None
+    ) -> dict[str, Any]:
         self.order = self.plan(progress)
         tasks = self.tasks()
         missing, skipped = [], []
@@ -281,6 +288,19 @@ class Preparation:
         manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts}
         write_json(self.out / MANIFEST, manifest)
         return manifest
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises UserError where another process writes there."""
+    import fcntl
+
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another `reflow prepare` is writing to {folder}; wait for it, or stop it.") from error
+        yield
 
 
 def parts(total: int, size: int, first: int = 0) -> Iterator[range]:

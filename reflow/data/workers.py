@@ -97,6 +97,8 @@ def other(work: Any, tasks: list[Any], number: int, threads: int, loader: Loader
         for task in claims(tasks, claimed):
             for event in work.make(task):
                 events.put(("event", event))
+                if not multiprocessing.parent_process().is_alive():
+                    os._exit(1)  # it was killed: the same command, run again, must find nobody at its shards
     except UserError as error:
         events.put(("error", str(error)))
     except KeyboardInterrupt:

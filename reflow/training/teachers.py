@@ -78,14 +78,15 @@ def to_fp8(solver: Solver, limit: float) -> dict[str, Any]:
     `one_minus_cosine` 1 - cos(v8, v), each of the worst window. Raises UserError where the former is beyond `limit`.
     """
     indices = list(range(MEASURED, MEASURED + len(solver.flow.active)))
-    before = solver(indices)
+    parts = solver.by_shape(indices)
+    before = [solver(part) for part in parts]
     said = quantise(solver.teacher, solver.device)
     solver.captured = None  # a recorded solve reads the weights' old storage
-    after = solver(indices)
+    after = [solver(part) for part in parts]
     # Both share z_start and dt, which cancel.
-    exact, rounded = ((s.z_end - before.z_start).flatten(1).double() for s in (before, after))
-    relative = ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
-    turned = (1 - torch.cosine_similarity(rounded, exact, dim=1)).max().item()
+    ends = [tuple((s.z_end - b.z_start).flatten(1).double() for s in (b, a)) for b, a in zip(before, after, strict=True)]
+    relative = max(((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max().item() for exact, rounded in ends)
+    turned = max((1 - torch.cosine_similarity(rounded, exact, dim=1)).max().item() for exact, rounded in ends)
     if not relative <= limit:
         raise UserError(f"The teacher in float8 ({said}) changes its window velocities by {relative:.3g} of their length (1 - cosine {turned:.3g}) and "
                         f"teacher.fp8_max_error allows {limit:g}; write teacher.precision = 'bf16', or a larger limit.")

@@ -16,6 +16,7 @@ from reflow.data.encode import Encoder
 from reflow.data.pictures import fit
 from reflow.data.prepare import Preparation
 from reflow.data.sources import open_source
+from reflow.data.stream import StreamDataset
 from reflow.errors import UserError
 from reflow.models import registry
 
@@ -224,3 +225,34 @@ def test_null_rows_keep_each_images_own_time_ids(base, tmp_path):
             rows.time_ids, data.conditioning(torch.arange(2)).time_ids
         )
         assert torch.equal(rows.encoder_hidden_states, data.null.encoder_hidden_states.expand(2, -1, -1))
+
+
+def test_a_family_without_pooled_text_and_captions_in_half_precision(tmp_path):
+    helper = pathlib.Path(__file__).parents[1] / "helpers" / "tiny_pipelines.py"
+    spec = importlib.util.spec_from_file_location("tiny_pipelines_for_prepare", helper)
+    tiny_pipelines = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_pipelines)
+    tiny_pipelines.sd15().save_pretrained(tmp_path / "sd15")
+    small = registry.family("sd15").load(tmp_path / "sd15")
+    (tmp_path / "data").mkdir()
+    for n in range(3):
+        Image.new("RGB", (80, 64), (60 * n, 200, 10)).save(tmp_path / "data" / f"{n}.png")
+        (tmp_path / "data" / f"{n}.txt").write_text("abc"[n])
+    prepared(small, tmp_path / "data", tmp_path / "out", sizes=[(64, 64)], text="fp16")
+    data, items = CachedDataset(tmp_path / "out", small), torch.tensor([2, 0])
+    rows, want = data.conditioning(items, torch.tensor([False, True])), small.encode_prompts(["c", ""])
+    assert rows.text_embeds is rows.time_ids is data.null_rows(items).time_ids is None
+    torch.testing.assert_close(rows.encoder_hidden_states, want.encoder_hidden_states, rtol=2e-3, atol=2e-3)
+    assert torch.equal(rows.encoder_hidden_states[0].half().float(), rows.encoder_hidden_states[0])
+    streamed = StreamDataset(open_source(tmp_path / "data"), small, [(64, 64)])
+    torch.testing.assert_close(streamed.latent(items), data.latent(items), rtol=1e-4, atol=1e-4)
+    assert streamed.conditioning(items).time_ids is None
+
+
+def test_sizes_from_headers_know_how_a_picture_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "b.png").write_bytes(b"")
+    source = open_source(tmp_path, caption="")
+    assert source.sizes(range(2)).tolist() == [[40, 20], [-1, -1]] and source.image(0).size == (20, 40)
