@@ -1,38 +1,160 @@
-"""What a recipe will take, without starting it: `--dry-run`."""
+"""What a recipe will take, without starting it: `--dry-run`. Everything printed here is counted or estimated, nothing is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 from reflow import config
+from reflow.errors import UserError
 from reflow.settings import Recipe
 from reflow.flow import DiscreteVP
 from reflow.models import registry
+from reflow.models.family import Base
 from reflow.training import stages
+from reflow.training.counts import Counts, count
 
 GIB = 2**30
+CARDS = (24, 48, 80, 141)
+FREE = 0.92  # of a card: the rest is CUDA's own, workspaces and fragments
+RATE = 300e12  # FLOP/s that well-kept bf16 training reaches on an H100 or H200; 790e12 is the sheet's
+
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe, parameter count, teacher evaluations a student sample and expected memory, as text."""
+    """The resolved recipe, then parameters, compute, memory by part and what fits which card, as text."""
     import torch
-    from diffusers import UNet2DConditionModel
 
-    base = registry.family(recipe.model.family).load(registry.base_path(recipe.model), parts=())
+    base, note = find_base(recipe)
     stages.check_compatible(recipe, base.prediction_type)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(base.configs["unet"])
-    parameters = sum(p.numel() for p in unet.parameters())
-    lines = [config.dump(recipe).rstrip(), "", f"student: {parameters:,} parameters ({recipe.model.family}, {base.prediction_type})"]
+    latent = latent_of(recipe, base)
+    counts = counts_of(recipe, base, latent)
+    lines = [config.dump(recipe).rstrip(), ""] + ([note] if note else [])
+    trained = "" if counts.trained == counts.parameters else f", beside which a LoRA trains {counts.trained:,}"
+    lines.append(f"network: {counts.parameters:,} parameters ({recipe.model.family}, {base.prediction_type}){trained}")
+    side = " x ".join(str(n * base.vae_scale_factor) for n in latent[1:])
+    again = counts.forward if recipe.model.gradient_checkpointing else 0
+    student = counts.forward + counts.backward + again
+    lines.append(f"compute at {side} pixels (counted): {tera(counts.forward)} TFLOP a network row, {tera(counts.forward + counts.backward)} forward and "
+                 f"backward{f', {tera(student)} with checkpointing' if again else ''}")
+    whole = 0.0
     for i, stage in enumerate(recipe.stages):
         flow = stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, torch.device("cpu"))
         per_sample, solves = evaluations_per_sample(recipe, i, flow)
+        cost = per_sample * counts.forward + student
+        whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample")
-    lines.append("expected memory a rank (weights, gradients, optimizer, EMA, teacher; activations come on top):")
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all")
+    lines.append(f"the run: {whole:.3g} FLOP, {whole / RATE / 3600:.3g} GPU hours at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
+    lines += ["", f"expected memory a rank in GiB (estimated; {activation(counts):.3f} for every sample of a micro-batch come on top, "
+                  f"{activation(counts, True):.3f} with gradient checkpointing, and workspaces):"]
     for ranks in (1, 2, 8):
-        total = sum(memory(recipe, parameters, ranks).values())
-        parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in memory(recipe, parameters, ranks).items())
-        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}: {total / GIB:.3f} GiB ({parts})")
+        parts = memory(recipe, counts, ranks)
+        listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items() if size)
+        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}: {sum(parts.values()) / GIB:.3f} ({listed})")
+    there = {name: size for name, size in in_cpu_memory(recipe, counts, 1).items() if size}
+    if there:
+        lines.append("  in the CPU's memory, a rank of 1: " + ", ".join(f"{name} {size / GIB:.3f}" for name, size in there.items()))
+    lines += ["", f"largest micro-batch that fits, without / with gradient checkpointing (estimated, {FREE:.0%} of each card; -: not even one):",
+              f"  {'':44}" + "".join(f"{f'{card} GB':>12}" for card in CARDS)]
+    for name, other, ranks in variants(recipe):
+        states = sum(memory(other, counts, ranks).values())
+        cells = [" / ".join(shown(fitting(states, size, card)) for size in (counts.saved, counts.checkpointed)) for card in CARDS]
+        lines.append(f"  {name:44}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+def tera(flops: float) -> str:
+    return f"{flops / 1e12:.3g}"
+
+
+def activation(counts: Counts, checkpointed: bool = False) -> float:
+    return (counts.checkpointed if checkpointed else counts.saved) / GIB
+
+
+def shown(samples: int) -> str:
+    return "-" if not samples else str(samples) if samples < 1000 else ">999"
+
+
+def fitting(states: int, sample: int, card: int) -> int:
+    """Samples of `sample` bytes beside `states` bytes on a card of so many GB; 0 where not one fits."""
+    return max(0, int((FREE * card * GIB - states) // max(sample, 1)))
+
+
+def find_base(recipe: Recipe) -> tuple[Base, str]:
+    """(the base's configs, a note): of the base on this disk, else those that ship with its family. Nothing is downloaded or unpacked.
+
+    Raises UserError for a base that is not here, of a family whose configs do not ship.
+    """
+    from reflow.models import single_file
+
+    model, family = recipe.model, registry.family(recipe.model.family)
+    path = Path(model.base).expanduser()
+    if model.base == "builtin" or path.is_dir():
+        return family.load(registry.base_path(model), parts=()), ""
+    note = ""
+    if path.is_file():
+        state, metadata = single_file.read_checkpoint(path)
+        folder = Path(model.config).expanduser() if model.config else single_file.packaged(single_file.kind_of(state, path))
+        prediction = single_file.prediction_of(state, metadata, model.prediction_type, path)
+    else:
+        prediction, folder = model.prediction_type or None, downloaded(model.base)
+        if folder is None:
+            folder = Path(model.config).expanduser() if model.config else single_file.packaged(family.name)
+            note = f"note: the base {model.base} is not on this disk, so this plan uses the configs of {family.name} that ship with reflow"
+    if folder is None:
+        raise UserError(f"The base {model.base} is not on this disk, and no configs of the family {family.name} ship with reflow; download it first, or "
+                        f"write a folder with its configs as model.config.")
+    base = family.load(folder, parts=())
+    if prediction:
+        base.configs = {**base.configs, "scheduler": {**base.scheduler_config, "prediction_type": prediction}}
+    return base, note
+
+
+def downloaded(name: str) -> Path | None:
+    """The folder of a hub repository that is in the cache already."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, local_files_only=True))
+    except Exception:
+        return None
+
+
+def latent_of(recipe: Recipe, base: Base) -> tuple[int, int, int]:
+    """(C, h, w) of the largest latent of the recipe's data; where that is not on this disk, of the base's own resolution."""
+    if recipe.data.source == "cache":
+        from reflow.data.cache import read_manifest
+
+        try:
+            shapes = [tuple(shard["shape"]) for shard in read_manifest(Path(recipe.data.path))["shards"]["latents"] if "shape" in shard]
+        except (UserError, KeyError):
+            shapes = []
+        if shapes:
+            return max(shapes, key=lambda shape: shape[1] * shape[2])
+    return base.latent_shape(getattr(recipe.data, "resolution", 0) or None)
+
+
+def counts_of(recipe: Recipe, base: Base, latent: tuple[int, int, int]) -> Counts:
+    """`count` of the recipe's student at its precision."""
+    import torch
+
+    model, text = recipe.model, base.configs["text_encoder"]
+    lora = {"rank": model.lora_rank, "targets": model.lora_targets} if model.lora_rank else None
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    return count(base.configs["unet"], latent, text.get("max_position_embeddings", 77), dtype, lora=lora)
+
+
+def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:
+    """(name, recipe, ranks): this recipe, and the same with other optimizers and ZeRO stages."""
+    yield f"this recipe ({recipe.train.optimizer}, ZeRO {recipe.train.zero_stage}), 1 rank", recipe, 1
+    for optimizer, zero, offload, ranks in (("adamw", 0, False, 1), ("adamw8bit", 0, False, 1), ("adamw", 1, True, 1), ("adamw", 2, False, 2),
+                                            ("adamw", 2, False, 8), ("adamw", 3, False, 8), ("adamw", 3, True, 8)):  # fmt: skip
+        train = recipe.train.model_copy(update={"optimizer": optimizer, "zero_stage": zero, "offload": offload})
+        name = f"{optimizer}, ZeRO {zero}{', offload' if offload else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
+        yield name, recipe.model_copy(update={"train": train}), ranks
+
 
 def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -> tuple[float, int]:
     """(network rows of the teacher a student sample, windows that are solved) of a stage. Starts from noise pay for the way there."""
@@ -41,18 +163,44 @@ def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -
     windows = 1 if recipe.objective.starts == "data" else int(flow.active.max()) + 1
     return solves * windows * flow.solver.evaluations / stage.samples, solves
 
-def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, int]:
-    """Bytes a rank by part. ZeRO 1 shares optimizer, masters and EMA between ranks, 2 gradients too, 3 weights too."""
-    train = recipe.train
+
+def state_bytes(optimizer: str) -> float:
+    """Bytes a trained parameter of the optimizer's two moments; in 8 bits one fp32 scale serves 256 of them."""
+    return 2 * (1 + 4 / 256) if "8bit" in optimizer else 8
+
+
+def memory(recipe: Recipe, counts: Counts, ranks: int) -> dict[str, int]:
+    """Bytes on a rank's device by part. ZeRO 1 shares optimizer, masters and EMA between ranks, 2 gradients too, 3 weights too.
+
+    `step` is the fp32 copy of the gradients that a bf16 engine makes to step. Parts that a paged optimizer may move out count as here.
+    """
+    train, teacher, size = recipe.train, recipe.teacher, counts.trained
     share = [1 if train.zero_stage < level else ranks for level in (1, 2, 3)]
-    bf16 = train.precision == "bf16"
+    bf16, lora = train.precision == "bf16", bool(recipe.model.lora_rank)
     weight = 2 if bf16 else 4
-    states = 2 if "8bit" in train.optimizer else 8
     # In fp32 at stage 0 the weights are their own masters.
     masters = 4 if bf16 or train.zero_stage else 0
-    parts = {"weights": parameters * weight // share[2], "gradients": parameters * weight // share[1],
-             "masters": parameters * masters // share[0], "optimizer": parameters * states // share[0], "EMA": parameters * 4 // share[0],
-             "teacher": parameters * (2 if recipe.teacher.precision == "bf16" else 4), "base": parameters * 4}
+    frozen = frozen_bytes(counts, teacher.precision)
+    parts = {"weights": size * weight // share[2], "gradients": size * weight // share[1], "step": size * 4 // share[0] if bf16 else 0,
+             "masters": size * masters // share[0], "optimizer": int(size * state_bytes(train.optimizer)) // share[0], "EMA": size * 4 // share[0]}
     if train.offload:
-        parts["masters"] = parts["optimizer"] = 0
-    return parts
+        parts |= {name: 0 for name in ("step", "masters", "optimizer", "EMA")}
+    # A LoRA's base is its teacher; beside it stand the adapters of a previous stage and of the average that is looked at.
+    named = {"base and teacher": frozen, "other adapters": size * 8} if lora else {"teacher": 0 if getattr(teacher, "offload", False) else frozen}
+    return parts | named
+
+
+def frozen_bytes(counts: Counts, precision: str) -> int:
+    """Of a network that is not trained; "fp8" keeps linear layers in one byte and the rest in two."""
+    return counts.parameters * 4 if precision == "fp32" else counts.parameters * 2 - (counts.linear if precision == "fp8" else 0)
+
+
+def in_cpu_memory(recipe: Recipe, counts: Counts, ranks: int) -> dict[str, int]:
+    """Bytes a rank keeps in CPU memory where its device is a GPU: the base in fp32, and what is offloaded."""
+    result: dict[str, Any] = {"base": 0 if recipe.model.lora_rank else counts.parameters * 4}
+    if recipe.train.offload:
+        stay = memory(recipe.model_copy(update={"train": recipe.train.model_copy(update={"offload": False})}), counts, ranks)
+        result |= {name: stay[name] for name in ("masters", "optimizer", "EMA")}
+    if getattr(recipe.teacher, "offload", False):
+        result["teacher"] = frozen_bytes(counts, recipe.teacher.precision)
+    return result
