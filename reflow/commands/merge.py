@@ -101,7 +101,7 @@ def same_parameterisation(base: str, says: dict[str, str], settings: dict[str, A
 
     trained_on = says.get("base_prediction_type")
     if (trained_on and trained_on != base) or contradiction(base, settings["prediction_type"]):
-        kind = trained_on or settings["prediction_type"]
+        kind = trained_on if trained_on and trained_on != base else settings["prediction_type"]
         raise UserError(
             f"{args.base} is a model with prediction_type {base!r}, and {args.delta} was made for one "
             f"with {kind!r}; their sum makes noise. Merge into a fine-tune of the model that the delta belongs to."
