@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import socket
 import time
 
 import torch
@@ -74,6 +75,17 @@ def be_deterministic(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted and torch.cuda.is_available(), warn_only=True)
 
 
+def wait_until_shared(run_dir: pathlib.Path, patience: float = 60.0) -> None:
+    """Return once this rank sees what rank 0 wrote; network folders may show it late. Raises UserError after so many seconds."""
+    end = time.monotonic() + patience
+    while not (run_dir / "recipe.toml").exists():
+        if time.monotonic() > end:
+            raise UserError(f"Rank {dist.get_rank()} on {socket.gethostname()} does not see the run directory {run_dir} that rank 0 made; give a "
+                            f"--run-dir on a folder that all nodes share.")
+        os.listdir(run_dir.parent if run_dir.parent.exists() else "/")  # asks a network folder again
+        time.sleep(0.5)
+
+
 def load_base(recipe: Recipe, device: torch.device) -> Base:
     """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied.
 
@@ -111,6 +123,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / "recipe.toml", config.dump(recipe))
     dist.barrier()
+    wait_until_shared(run_dir)
     start = time.monotonic()
     code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
     if dist.get_rank() == 0 and code == 0:
