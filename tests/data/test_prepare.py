@@ -1,9 +1,11 @@
 """A folder of captioned images becomes a cache that trains: what is stored, what is skipped, what is refused."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
+import tarfile
 
 import numpy as np
 import pytest
@@ -256,3 +258,30 @@ def test_sizes_from_headers_know_how_a_picture_is_turned(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     source = open_source(tmp_path, caption="")
     assert source.sizes(range(2)).tolist() == [[40, 20], [-1, -1]] and source.image(0).size == (20, 40)
+
+
+def test_the_command_prepares_tars_by_aspect_ratio_and_says_what_it_did(tmp_path, monkeypatch, capsys):
+    from reflow.cli import build_parser
+    from reflow.commands import prepare
+
+    monkeypatch.setenv("REFLOW_CACHE", str(tmp_path / "index"))
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for n in range(6):
+            stored = io.BytesIO()
+            Image.new("L", ((20, 20), (60, 20))[n % 2], 40 * n).save(stored, "PNG")
+            words = b"a zero " * (100 if n == 1 else 1) if n else b""
+            for name, content in ((f"{n}.png", b"" if n == 5 else stored.getvalue()), (f"{n}.txt", words)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                out.addfile(info, io.BytesIO(content))
+    command = ["prepare", "--family", "digits", "--data", str(tmp_path / "a.tar"), "--out", str(tmp_path / "out"), "--buckets",
+               "16x16", "32x8", "--workers", "1", "--text-dtype", "fp16"]  # fmt: skip
+    parser = build_parser("prepare")
+    with pytest.raises(UserError, match="1 of 6 images cannot be used"):
+        prepare.run(parser.parse_args(command))
+    assert prepare.run(parser.parse_args([*command, "--max-bad-share", "0.2"])) == 0
+    said = capsys.readouterr().out
+    for words in ("5 images and 3 distinct captions", "1 skipped (skipped.jsonl", "1 with an empty caption",
+                  "1 captions longer than the tokenizer takes", "32x8: 2; 16x16: 3", "--set data.source=cache"):  # fmt: skip
+        assert words in said, said
+    assert "5.png" in (tmp_path / "out" / "skipped.jsonl").read_text()
