@@ -122,10 +122,9 @@ def _trial(run: Any, width: int, device: torch.device, dtype: torch.dtype, train
             if trains:
                 out.sum().backward()
         except Exception as error:
-            # PyTorch says in warnings what each kernel misses; the first line of the error says only that none is left.
+            # PyTorch says in warnings what each kernel misses; the error says only that none is left.
             said = [str(w.message).splitlines()[0].split(" (Triggered")[0] for w in caught]
-            said = [line for line in said if not line.startswith(("Memory efficient", "Flash attention kernel not used b",
-                                                                  "cuDNN attention kernel not used b", "CuDNN attention kernel not"))]
+            said = [line for line in said if "runtime disabled" not in line and "not used because" not in line]
             return " ".join(said[-2:]) or (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
 
