@@ -36,11 +36,13 @@ def main(arguments: argparse.Namespace) -> int:
         cell = {"case": case, "peer": name, "dtype": "bf16", "shape": list(SHAPE)}
         if session.recorder.done(session.key(**cell)) or session.out_of_time():
             continue
+        if name == "ours" and peers.ours_backend(session.device)[0] != "triton":
+            session.add(**cell, note="skipped: needs a GPU, or TRITON_INTERPRET=1")
+            continue
         counted = counting.count(run, session.device)
         most = ", ".join(f"{number} {label}" for label, number in list(counted.names.items())[:6])
         promised = PROMISED.get(case) if name == "ours" else None
-        broken = peers.ours_backend(session.device)[0] == "triton" and promised is not None
-        broken = broken and (counted.launches > promised or counted.syncs > 0)
+        broken = promised is not None and (counted.launches > promised or counted.syncs > 0)
         if broken:
             found = f"{counted.launches} launches and {counted.syncs} syncs"
             session.fail(f"launches {case}", f"{found}, promised {promised} and 0")

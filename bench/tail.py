@@ -23,7 +23,7 @@ ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 CLIP, DECAY = 1.0, 0.999
 ALIGN = 64  # elements: every parameter starts on a multiple of it in the flat buffers
 TRIAL = ((5, 7), (128, 64), (129,))
-# Bytes a parameter: clip reads twice and writes; Adam reads p, g, m, v and writes p, m, v; a lerp reads two, writes one.
+# Bytes a parameter: clip reads twice, writes once; Adam reads p, g, m, v, writes p, m, v; a lerp reads two, writes one.
 BYTES = {"clip": 12, "optimizer": 28, "ema": 12, "tail": 52}
 PEERS = {
     "clip": ("loop", "foreach"),
