@@ -29,7 +29,7 @@ def launch():
             port = free.getsockname()[1]
         command = [str(pathlib.Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port),
                    str(script), *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, **kwargs)
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200, **kwargs)
 
     return start
 
@@ -40,3 +40,10 @@ def digits_base():
     from reflow.models import registry
 
     return registry.family("digits").load()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once():
+    import tiny
+
+    tiny.load_once()

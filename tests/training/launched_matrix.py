@@ -1,8 +1,13 @@
-"""Run under the deepspeed launcher with two ranks: every ZeRO stage, optimizer and precision, uninterrupted and interrupted. Writes one JSON."""
+"""Run under the deepspeed launcher with two ranks: every ZeRO stage, optimizer and precision, whole and cut; other layouts; a full disk.
+
+Arguments: the folder of results, which holds 'one' when a run of one rank is to be continued here. Writes one JSON.
+"""
 
 import json
 import os
 import pathlib
+import resource
+import shutil
 import sys
 
 from reflow.quiet import quiet_libraries
@@ -15,8 +20,10 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny
+import watch
 
-from reflow.training import engine, loop, run
+from reflow.errors import UserError
+from reflow.training import engine, run
 
 out = pathlib.Path(sys.argv[-1])
 TIMES = ("seconds", "samples_per_second", "peak_memory", "elapsed")
@@ -27,20 +34,16 @@ def lines(folder):
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
-def interrupted(recipe, folder, step):
-    """Leave after `step` optimizer steps as a signal would, then run the same call to the end."""
-    agree, count = loop.Signals.agree, [0]
+def short(*overrides):
+    return tiny.short(out / f"rank{rank}", *overrides)
 
-    def leave_now(self):
-        count[0] += 1
-        return (True, False) if count[0] == step else agree(self)
 
-    loop.Signals.agree = leave_now
-    try:
-        first = run.train(recipe, folder)
-    finally:
-        loop.Signals.agree = agree
-    return first, run.train(recipe, folder)
+def copied(name, other):
+    """A run directory once more, so that it can go on in another way."""
+    if rank == 0:
+        shutil.copytree(out / name, out / other)
+    dist.barrier()
+    return out / other
 
 
 partitioned = []
@@ -54,24 +57,56 @@ def watched(self, *args, **kwargs):
 
 engine.Engine.__init__ = watched
 engine.init_distributed()
-rank, results = dist.get_rank(), []
-combos = [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "bf16") for z in (0, 2, 3)] + [(z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)]
-for zero, optimizer, precision in combos:
+tiny.load_once()
+rank, combinations, resized = dist.get_rank(), [], []
+for zero, optimizer, precision in [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "bf16") for z in (0, 2, 3)] + [
+        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)]:
     name = f"zero{zero}-{optimizer}-{precision}"
-    recipe = tiny.recipe(out / f"rank{rank}", f"train.zero_stage={zero}", f"train.optimizer={optimizer}", f"train.precision={precision}",
-                         *(f"stages.{i}.samples=48" for i in (0, 1) if (optimizer, precision) != ("adamw", "fp32")))
+    settings = short(f"train.zero_stage={zero}", f"train.optimizer={optimizer}", f"train.precision={precision}")
     partitioned.clear()
-    code = run.train(recipe, out / name)
-    left, again = interrupted(recipe, out / f"{name}-interrupted", 5)
+    code = run.train(settings, out / name)
+    with watch.watching() as seen:
+        with watch.leaving_after(1):
+            left = run.train(settings, out / f"{name}-cut")
+        if rank == 0:
+            torch.save(seen["saved"], out / f"{name}-saved.pt")
+        again = run.train(settings, copied(f"{name}-cut", f"{name}-again"))
     if rank == 0:
-        pairs = [(load_file(out / name / f"stage-{i}" / "unet_ema.safetensors"), load_file(out / f"{name}-interrupted" / f"stage-{i}" / "unet_ema.safetensors"))
-                 for i in (0, 1)]
-        same = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
-        results.append({"name": name, "code": code, "left": left, "again": again, "same_weights": same,
-                        "same_log": lines(out / name) == lines(out / f"{name}-interrupted"), "partitioned": partitioned[-1]})
-    dist.barrier()
+        a, b = (load_file(out / n / "stage-0" / "unet_ema.safetensors") for n in (name, f"{name}-again"))
+        same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        combinations.append({"name": name, "code": code, "left": left, "again": again, "same_weights": same, "how": seen["how"],
+                             "same_log": lines(out / name) == lines(out / f"{name}-again"), "partitioned": partitioned[-1]})
+
+# Checkpoints that go on here in another way than they were written; the test process does the same with one rank.
+for source, name, overrides in [("one", "one-on-two", ["train.zero_stage=0", "train.micro_batch=2"]),
+                                ("zero2-adamw-fp32-cut", "zero2-on-zero3", ["train.zero_stage=3"])]:
+    with watch.watching() as seen:
+        code = run.train(short(*overrides), copied(source, name))
+    if rank == 0:
+        saved = torch.load(out / f"{source.removesuffix('-cut')}-saved.pt")
+        resized.append({"name": name, "code": code, "how": seen["how"], "differences": watch.differences(saved, seen["loaded"])})
+
+# As on a disk that is full for one rank alone.
+sentence, limit = "", resource.getrlimit(resource.RLIMIT_FSIZE)
+full = copied("zero2-adamw-fp32-cut", "full")
+try:
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+    with watch.leaving_after(1):
+        run.train(short("train.zero_stage=2"), full)
+except UserError as error:
+    sentence = str(error)
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+said = [None, None]
+dist.all_gather_object(said, sentence)
+left = sorted(p.name for p in (full / "checkpoints").iterdir())
+again = run.train(short("train.zero_stage=2"), full)
+# What the test of a killed rank is compared with.
+longer = run.train(tiny.recipe(out / f"rank{rank}", *tiny.LONGER), out / "longer")
 if rank == 0:
-    (out / "result.json").write_text(json.dumps(results))
+    (out / "result.json").write_text(json.dumps({"combinations": combinations, "resized": resized, "longer": longer,
+                                                 "full": {"said": said, "left": left, "again": again}}))
 dist.barrier()
 sys.stdout.flush()
 os._exit(0)
