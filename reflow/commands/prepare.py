@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         return prepare_pairs.run(args)
     for name in ("family", "data"):
         if getattr(args, name) is None:
-            raise UserError(f"Write --{name} too: `reflow prepare` encodes the images of --data with the model of --base, or solves --pairs.")
+            raise UserError(
+                f"Write --{name} too: `reflow prepare` encodes the images of --data with the model of --base, or solves "
+                "--pairs."
+            )
     import os
 
     import torch
