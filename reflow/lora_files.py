@@ -53,14 +53,21 @@ def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
     for key in (k for k in lora if k.endswith(A)):
         name = key.removeprefix(PREFIX).removesuffix(A) + ".weight"
         down, up, weight = lora[key], lora.get(key.removesuffix(A) + B), base.get(name)
-        if up is None or weight is None or (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+        if (
+            up is None
+            or weight is None
+            or (up.shape[0], *down.shape[1:]) != tuple(weight.shape)
+            or up.shape[1] != down.shape[0]
+        ):
             wrong.append(name)
             continue
         delta = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape).to(weight.device)
         merged[name] = weight.float() + delta
     if wrong:
-        raise UserError(f"The LoRA does not fit the base: {len(wrong)} layers are missing there or have other shapes, the first is "
-                        f"{wrong[0]}. Give the base that this student was trained from.")
+        raise UserError(
+            f"The LoRA does not fit the base: {len(wrong)} layers are missing there or have other shapes, the first is "
+            f"{wrong[0]}. Give the base that this student was trained from."
+        )
     return merged
 
 
@@ -83,7 +90,9 @@ def export_lora(weights: str | Path, out: str | Path, *, dtype: str | torch.dtyp
                 metadata: Mapping[str, str] | None = None) -> Path:
     """Write a stage's LoRA as one .safetensors file. Raises UserError for a student that is no LoRA."""
     if not is_lora(weights):
-        raise UserError(f"{weights} is a whole student and no LoRA, and none is extracted from it; export --format delta instead, or train "
-                        f"with model.lora_rank.")
+        raise UserError(
+            f"{weights} is a whole student and no LoRA, and none is extracted from it; export --format delta instead, "
+            "or train with model.lora_rank."
+        )
     state = read_state(weights)
     return write_state(kohya_state(state) if kohya else state, out, dtype=dtype, metadata=metadata)

@@ -78,11 +78,14 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         alpha = alpha or rank
-        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name, _ in unet.named_modules())]
+        paths = [name for name, _ in unet.named_modules()]
+        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in paths)]
         if unknown or not targets:
-            raise UserError(f"model.lora_targets names {unknown[0] if unknown else 'nothing'!r}, and no layer of this UNet is called so; "
-                            f"write names of its layers, such as to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, "
-                            f"conv1, conv2.")
+            raise UserError(
+                f"model.lora_targets names {unknown[0] if unknown else 'nothing'!r}, and no layer of this UNet is "
+                "called so; write names of its layers, such as to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, "
+                "proj_in, proj_out, conv1, conv2."
+            )
         self.unet, self.rank, self.scale = unet.eval().requires_grad_(False), rank, alpha / rank
         self.dtype = next(unet.parameters()).dtype
         config = dict(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
@@ -92,8 +95,10 @@ class Adapters:
                 for name in names:
                     unet.add_adapter(LoraConfig(**config), adapter_name=name)
         except ValueError as error:
-            raise UserError(f"model.lora_targets = {list(targets)} cannot be used: {str(error).splitlines()[0]} Name linear and "
-                            f"convolution layers.") from error
+            raise UserError(
+                f"model.lora_targets = {list(targets)} cannot be used: {str(error).splitlines()[0]} Name linear and "
+                "convolution layers."
+            ) from error
         self.layers: dict[str, Any] = {n: m for n, m in unet.named_modules() if isinstance(m, LoraLayer)}
         # One list that all layers read, so that switching is one assignment. peft's set_adapter would also change
         # requires_grad under the engine's hands.
@@ -114,29 +119,50 @@ class Adapters:
         finally:
             self._active[:] = before
 
-    def call(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
-             added_cond_kwargs: Mapping[str, torch.Tensor] | None = None, return_dict: bool = False) -> tuple[torch.Tensor]:
+    def call(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[torch.Tensor]:
         """The UNet's output in the dtype of `sample`, computed in the base's."""
         if added_cond_kwargs is not None:
             added_cond_kwargs = {name: tensor.to(self.dtype) for name, tensor in added_cond_kwargs.items()}
-        output = self.unet(sample.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype), added_cond_kwargs=added_cond_kwargs,
-                           return_dict=False)
+        hidden = encoder_hidden_states.to(self.dtype)
+        output = self.unet(
+            sample.to(self.dtype), timestep, hidden, added_cond_kwargs=added_cond_kwargs, return_dict=False
+        )
         return (output[0].to(sample.dtype),)
 
     def get(self, name: str) -> dict[str, torch.Tensor]:
         """A, B of an adapter as "<layer>.lora_A.weight" and "<layer>.lora_B.weight"."""
-        return {f"{path}.{part}.weight": getattr(layer, part)[name].weight for path, layer in self.layers.items() for part in PARTS}
+        return {f"{path}.weight": module.weight for path, module in self._modules_of(name)}
 
-    def put(self, name: str, state: Mapping[str, torch.Tensor] | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def _modules_of(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        for path, layer in self.layers.items():
+            for part in PARTS:
+                yield f"{path}.{part}", getattr(layer, part)[name]
+
+    def put(
+        self,
+        name: str,
+        state: Mapping[str, torch.Tensor] | None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
         """Give an adapter these values (None: fresh ones of this seed) in new parameters of `dtype`, which no engine
         holds. Raises UserError where names or shapes differ."""
         if state is not None:
-            there = {f"{path}.{part}.weight": shape(getattr(layer, part)[name]) for path, layer in self.layers.items() for part in PARTS}
+            there = {f"{path}.weight": shape(module) for path, module in self._modules_of(name)}
             wrong = sorted(there.keys() ^ state.keys()) or [k for k in there if there[k] != tuple(state[k].shape)]
             if wrong:
-                raise UserError(f"The LoRA weights do not fit model.lora_rank = {self.rank} and model.lora_targets: {len(wrong)} of "
-                                f"{len(there)} differ in name or shape, the first is {wrong[0]}. Use the rank and targets that they "
-                                f"were trained with.")
+                raise UserError(
+                    f"The LoRA weights do not fit model.lora_rank = {self.rank} and model.lora_targets: {len(wrong)} "
+                    f"of {len(there)} differ in name or shape, the first is {wrong[0]}. Use the rank and targets that "
+                    "they were trained with."
+                )
         for path, layer in self.layers.items():
             device = next(layer.get_base_layer().parameters()).device
             for part in PARTS:

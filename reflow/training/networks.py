@@ -1,6 +1,7 @@
 """The networks of a run: who teaches a stage, who learns, and how a student's average is sampled and kept.
 
-`Whole` keeps a network for each of them. `Lora` has one copy of the base's weights, in the teacher's precision, and switches adapters.
+`Whole` keeps a network for each of them. `Lora` has one copy of the base's weights, in the teacher's precision, and
+switches adapters.
 """
 
 from __future__ import annotations
@@ -86,18 +87,21 @@ class Whole:
 
 
 class Lora(Whole):
-    """A LoRA student in the base's own network. The root teacher is that network with no adapter, "previous" a second, frozen one."""
+    """A LoRA student in the base's own network. The root teacher is that network with no adapter, "previous" a second,
+    frozen one."""
 
     file = LORA_FILE
 
     def __init__(self, recipe: Recipe, run_dir: pathlib.Path, base: Base, device: torch.device,
                  make_unet: Callable[[], torch.nn.Module]) -> None:
         super().__init__(recipe, run_dir, base, device, make_unet)
-        names = [STUDENT] + [TEACHER] * any(s.teacher == "previous" for s in recipe.stages) + [AVERAGE] * bool(recipe.validate_.every)
+        previous = any(stage.teacher == "previous" for stage in recipe.stages)
+        names = [STUDENT] + [TEACHER] * previous + [AVERAGE] * bool(recipe.validate_.every)
         model = recipe.model
         if base.unet.dtype != solver_dtype(recipe):
             base.unet.to(solver_dtype(recipe))
-        self.adapters = Adapters(base.unet.to(device), model.lora_rank, model.lora_targets, alpha=model.lora_alpha, names=names)
+        self.adapters = Adapters(base.unet.to(device), model.lora_rank, model.lora_targets, alpha=model.lora_alpha,
+                                 names=names)
         prepare(base.unet, model, trains=True)
 
     @contextlib.contextmanager
@@ -106,8 +110,8 @@ class Lora(Whole):
 
     def read(self, path: pathlib.Path) -> dict[str, torch.Tensor]:
         if not is_lora(path):
-            raise UserError(f"{path} holds no LoRA weights, and with model.lora_rank = {self.adapters.rank} the student is a LoRA on the base; "
-                            f"give the lora_ema.safetensors of a run, or write lora_rank = 0.")
+            raise UserError(f"{path} holds no LoRA weights, and with model.lora_rank = {self.adapters.rank} the student is a "
+                            f"LoRA on the base; give the lora_ema.safetensors of a run, or write lora_rank = 0.")
         return adapter_state(load_file(str(path)), self.adapters.scale)
 
     def teacher(self, stage: int) -> View:
