@@ -83,6 +83,9 @@ def check(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {key} has loss 'aligned_v' with objective.points = 'schedule', whose target is the window's end and no "
                             f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
     check_memory(recipe, where)
+    if recipe.model.compile and recipe.train.zero_stage == 3:
+        raise UserError(f"{where}: model.compile = true cannot be used with train.zero_stage = 3, whose hooks gather weights inside the blocks that "
+                        f"are compiled; write compile = false, or zero_stage 0 to 2.")
     if recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"{where}: train.micro_batch = {recipe.train.micro_batch} must divide train.batch_size = {recipe.train.batch_size}.")
     if recipe.objective.points == "schedule" and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):

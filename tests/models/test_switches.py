@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
+from reflow import config
 from reflow.errors import UserError
 from reflow.models import Conditioning, denoise, switches
 from reflow.models.lora import STUDENT, Adapters, Student, View
@@ -134,6 +135,12 @@ def test_what_cannot_run_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler"):
         prepare(network(), Model(compile=True), trains=False)
+
+
+def test_compilation_and_partitioned_weights_are_refused_together():
+    with pytest.raises(UserError, match="model.compile = true cannot be used with train.zero_stage = 3"):
+        config.load("digits", ["model.compile=true", "train.zero_stage=3"])
+    assert config.load("digits", ["model.compile=true", "train.zero_stage=2"]).model.compile
 
 
 def test_the_defaults_touch_nothing():
