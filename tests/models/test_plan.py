@@ -49,7 +49,9 @@ def packaged(name):
     return family(name).load(single_file.packaged(name), parts=())
 
 
-@pytest.mark.parametrize("name, forward, both, saved", [("sd15", 0.803e12, 2.47e12, 0.93e9), ("sdxl", 6.76e12, 20.6e12, 6.9e9)])
+@pytest.mark.parametrize("name, forward, both, saved", [
+    pytest.param("sd15", 0.803e12, 2.47e12, 0.93e9, marks=pytest.mark.slow), ("sdxl", 6.76e12, 20.6e12, 6.9e9),
+])  # fmt: skip
 def test_the_full_sizes_cost_what_they_are_known_to(name, forward, both, saved):
     base = packaged(name)
     got = count(base.configs["unet"], base.latent_shape(), 77, torch.bfloat16)
@@ -98,7 +100,7 @@ def test_a_lora_counts_its_adapter_alone():
     assert got.forward > whole.forward and got.backward < 0.7 * whole.backward
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_full_fine_tuning_of_sdxl_takes_the_plans_bytes_on_the_meta_device(tmp_path, precision):
     asked = recipe(tmp_path, "sdxl", "stabilityai/sdxl", f"train.precision={precision}")
     base = packaged("sdxl")
