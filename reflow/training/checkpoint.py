@@ -83,8 +83,9 @@ class Checkpoints:
         working, final = self.folder / f".{tag}.tmp", self.folder / tag
         contents = engine.contents()
         needed = sum(t.nbytes for t in (contents or {}).values()) * (dist.get_world_size() if engine.stage else 1)
-        advice = (f"Make room under {self.folder} (a checkpoint takes about {needed / 1e9 + sum(s.numel() for s in engine.shapes.values()) * 4e-9:.2g} "
-                  f"GB, checkpoint.keep = {self.keep} stay) and run the same command: it goes on from {before}.")
+        size = (needed + 4 * sum(s.numel() for s in engine.shapes.values())) / 1e9
+        advice = (f"Make room under {self.folder} (a checkpoint takes about {size:.2g} GB, checkpoint.keep = {self.keep} stay) and run the "
+                  f"same command: it goes on from {before}.")
 
         def begin() -> None:
             for old in self.folder.glob(".stage-*.tmp"):
@@ -118,7 +119,8 @@ class Checkpoints:
         return final
 
     def _prune(self) -> None:
-        found = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()), key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
+        found = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()),
+                       key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
         for old in found[:-self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -142,7 +144,8 @@ def whole(path: pathlib.Path) -> bool:
         state = json.loads((path / "state.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    return (path / "ema.safetensors").is_file() and all(shards.file_of(path, rank).is_file() for rank in range(state.get("shards", 0) or 1))
+    ranks = range(state.get("shards", 1))
+    return (path / "ema.safetensors").is_file() and all(shards.file_of(path, rank).is_file() for rank in ranks)
 
 
 def share(told: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""What each rank holds in fp32 and of the optimizer, one file a rank, readable on another number of ranks or ZeRO stage.
+"""What each rank holds in fp32 and of the optimizer, one file a rank, readable on other ranks and ZeRO stages.
 
-A shard lists its stretches of parameters by name, so any layout can be filled from any other: masters exactly, AdamW's moments exactly,
-8-bit moments by reading them in fp32 and quantising them once more, as the optimizer itself does at every step.
+A shard lists its stretches of parameters by name, so any layout can be filled from any other: masters exactly, AdamW's
+moments exactly, 8-bit moments by reading them in fp32 and quantising them once more, as the optimizer itself does at every step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MOMENTS = (("exp_avg", "state1"), ("exp_avg_sq", "state2"))  # torch's and bitsa
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one parameter that a rank holds in fp32: buffer[offset : offset+length] is parameter[start : start+length], flat."""
+    """A stretch of one parameter that a rank holds in fp32, flat.
+
+    buffer[offset : offset+length] is parameter[start : start+length].
+    """
 
     name: str
     buffer: int
@@ -81,7 +84,7 @@ class Shards:
 
     def convert(self, pieces: list[Piece], masters: list[torch.Tensor], states: list[dict[str, Any]],
                 quantise: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> bool:
-        """Fill another layout. quantise(values, map) -> (bytes, scales a block). Returns whether moments were quantised again."""
+        """Fill another layout; quantise(values, map) -> (bytes, scales a block). Whether moments were quantised again."""
         again = False
         mine: dict[int, list[Piece]] = {}
         for piece in pieces:
@@ -113,12 +116,13 @@ class Shards:
                     buffer[piece.offset + first - piece.start:piece.offset + last - piece.start] = values
                     filled += last - first
             if filled != piece.length:
-                raise UserError(f"The checkpoint {self.folder} holds {filled} of the {piece.length} values of {piece.name} that this run "
-                                f"trains; it was made with another network or other trainable weights. Start with the recipe it was made with.")
+                raise UserError(
+                    f"The checkpoint {self.folder} holds {filled} of the {piece.length} values of {piece.name} that this run trains; it was "
+                    f"made with another network or other trainable weights. Start with the recipe it was made with.")
         return buffer
 
     def values(self, shard: int, buffer: int, names: tuple[str, ...], first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a buffer's tensor under one of its names, fp32; 8-bit states are read through their map and scales."""
+        """Elements [first, last) of a buffer's tensor under one of its names, fp32; 8-bit states by their map and scales."""
         name = next(n for n in names if f"{buffer}.{n}" in self.keys[shard])
         part = self.files[shard].get_slice(f"{buffer}.{name}")[first:last]
         if part.dtype != torch.uint8:
