@@ -121,8 +121,8 @@ def summary(run: session.Session) -> None:
     rows = [row for row in record.read(run.recorder.path) if row["median_us"]] if run.recorder.path.exists() else []
     last = {(row["case"], row["shape"][0], row["peer"]): row for row in rows}
     for (case, batch, peer), row in last.items():
-        base = last.get((case, batch, "published"))
-        if base is not None and peer != "published":
+        base = last.get((case, batch, row.get("baseline", "published")))
+        if base is not None and peer not in ("published", "solve of a window"):
             ratio = base["median_us"] / base.get("samples", batch) * row.get("samples", batch) / row["median_us"]
             print(f"{case}, batch {batch}: {peer} {ratio:.2f}x the published-style loop's samples a second")
     whole_recipe(run, last)

@@ -80,10 +80,18 @@ def published(rig: Rig, settings: dict[str, Any], **changes: bool) -> Peer:
     return rig.step(loop, samples=settings["batch"], tflop=tflop, note=note)
 
 
-def ours(rig: Rig, settings: dict[str, Any], network: str = "", work: str = "unfused", **changes: Any) -> Peer:
-    """network "": the fastest variant of the device."""
+def ours(
+    rig: Rig,
+    settings: dict[str, Any],
+    network: str = "",
+    work: str = "unfused",
+    baseline: str = "published",
+    **changes: Any,
+) -> Peer:
+    """network "": the fastest variant of the device. baseline: the peer of the cell that it is to be compared with."""
     made = rig.ours(network, work, **settings, **changes) if network else rig.best(**settings, **changes)
-    return rig.step(made, samples=settings["batch"], tflop=rig.teacher_tflop(settings) + rig.student_tflop(settings))
+    tflop = rig.teacher_tflop(settings) + rig.student_tflop(settings)
+    return rig.step(made, samples=settings["batch"], tflop=tflop, baseline=baseline)
 
 
 def stored(rig: Rig, settings: dict[str, Any]) -> Peer:
@@ -111,7 +119,7 @@ def loop(family: str, settings: dict[str, Any]) -> Cell:
         "ours, 4 chords a solve": chords(4),
         "published, unconditional half always": lambda rig: published(rig, settings, always_guided=True),
         "published, guidance 7.5": lambda rig: published(rig, guided),
-        "ours, guidance 7.5": lambda rig: ours(rig, guided),
+        "ours, guidance 7.5": lambda rig: ours(rig, guided, baseline="published, guidance 7.5"),
     }
     if family == "digits":
         entries["ours in the DeepSpeed engine"] = lambda rig: deepspeed(rig, settings)
