@@ -62,20 +62,22 @@ def _ops(rows: tables.Rows, path: Path) -> Path | None:
         return None
     cases = list(dict.fromkeys(row["case"] for row in found))
     peers = [name for name in tables.PEERS if any(row["peer"] == name for row in found)]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
     for axis, mode in zip(axes, ("graph", "plain"), strict=True):
         for number, peer in enumerate(peers):
             times = {row["case"]: row["median_us"] for row in found if (row["mode"], row["peer"]) == (mode, peer)}
             here = [times.get(case) for case in cases]
-            places = [place + (number - len(peers) / 2) * 0.8 / len(peers) for place in range(len(cases))]
+            places = [place + (number - (len(peers) - 1) / 2) * 0.6 / len(peers) for place in range(len(cases))]
             drawn = [(x, y) for x, y in zip(places, here, strict=True) if y is not None]
             if drawn:
-                axis.bar(*zip(*drawn, strict=True), width=0.8 / len(peers), color=COLOURS.get(peer), label=peer)
+                axis.plot(*zip(*drawn, strict=True), "o", color=COLOURS.get(peer), label=peer)
         axis.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
-        axis.set(title="inside a CUDA graph" if mode == "graph" else "plain call", ylabel="microseconds", yscale="log")
-        axis.grid(alpha=0.3, axis="y")
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+        axis.set(title="inside a CUDA graph" if mode == "graph" else "plain call", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("microseconds (log scale)")
+    figure.suptitle("SDXL latents, batch 4, bf16, warm L2", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 0.87, 1))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="center right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
