@@ -313,7 +313,9 @@ def unpack(path: str | Path, *, tokenizer: str = "", config: str = "", predictio
     kind = kind_of(state, file)
     source = Path(config).expanduser() if config else CONFIGS / kind
     if not source.is_dir():
-        raise UserError(f"There is no config folder {source}; name the folder of a diffusers pipeline, or leave it out.")
+        raise UserError(
+            f"There is no config folder {source}; name the folder of a diffusers pipeline, or leave it out."
+        )
     configs = read_configs(source)
     prediction = prediction_of(state, metadata, prediction_type, file)
     found = find_tokenizers(tokenizer, 2 if kind == "sdxl" else 1, file)

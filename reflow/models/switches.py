@@ -137,7 +137,7 @@ def use_channels_last(unet: nn.Module) -> None:
         if parameter.ndim == 4 and not parameter.requires_grad:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
             return (args[0].contiguous(memory_format=torch.channels_last), *args[1:]), kwargs
         return args, {**kwargs, "sample": kwargs["sample"].contiguous(memory_format=torch.channels_last)}
@@ -153,7 +153,7 @@ def use_channels_last(unet: nn.Module) -> None:
 
 
 def compile_blocks(unet: Any, backend: str) -> None:
-    """torch.compile of the repeated blocks alone: one graph serves all blocks of a width, in seconds instead of minutes.
+    """torch.compile of the repeated blocks alone: one graph serves all blocks of a width.
 
     Blocks are compiled in place, so names of weights stay. Raises UserError where there is no compiler.
     """
