@@ -1,5 +1,8 @@
 """Recipes: what is accepted, what is refused and what the sentence says."""
 
+import pathlib
+import re
+
 import pytest
 
 from reflow import config
@@ -75,3 +78,15 @@ def test_changed_keys_are_named_and_free_keys_are_not(tmp_path):
     old = load(tmp_path, recipe_text())
     new = load(tmp_path, recipe_text(), ["train.seed=3", "log.every=5", "validate.every=100", "stages.0.samples=2000"])
     assert [c.split(":")[0] for c in config.changed_keys(old, new)] == ["stages.0.samples", "train.seed"]
+
+
+@pytest.mark.parametrize("name", [n for n in config.available() if n.startswith(("sd15", "sdxl"))])
+def test_what_a_recipe_says_of_cards_is_a_recipe(name):
+    """Each line of the table at the top, as --set would take it."""
+    text = (pathlib.Path(config.__file__).parent / "recipes" / f"{name}.toml").read_text()
+    rows = re.findall(r"^# +\d+ GB.*/s +(.+)$", text, re.M)
+    known = {key: section for section in ("model", "train") for key in config.load(name).resolved()[section]}
+    assert len(rows) >= 4
+    for row in rows:
+        pairs = [] if row == "as it is" else [part.split(" = ") for part in row.split(", ")]
+        config.load(name, [f"{known[key]}.{key}={value}" for key, value in pairs])
