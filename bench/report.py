@@ -50,7 +50,8 @@ def machines(results: pathlib.Path) -> dict[str, tables.Rows]:
     """Folder name -> rows, of every machine that has some. Quick runs and experiments are no machines."""
     found = {}
     for folder in sorted(path for path in results.iterdir() if path.is_dir()) if results.exists() else []:
-        rows = tables.Rows(record.read(folder)) if not folder.name.endswith("-quick") else tables.Rows([])
+        quick = folder.name.endswith("-quick")
+        rows = tables.Rows([] if quick else [row for row in record.read(folder) if "bench" in row and "stamp" in row])
         if rows.all:
             found[folder.name] = rows
     return found

@@ -62,7 +62,7 @@ def test_the_block_and_the_page_hold_the_rows(results):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| guided_step | graph, warm | 30.0 | 10.0* | 6.0 | 2.0 | 1.50 |" in text
-    assert "| mixture | 8 x 10 | 7 %, 5e-03 | 5 %, 3e-03 | 0.2 %, 4e-06 | 1e-04 %, 1e-12 |" in text
+    assert "| mixture | 8 x 10 | 7 %, 5e-03 | - | 5 %, 3e-03 | 0.2 %, 4e-06 | 1e-04 %, 1e-12 |" in text
     assert "H200, driver 1, CUDA 13, torch 2.11" in text
     page = (results / "h200" / "README.md").read_text()
     assert "clocks differed" in page and "![ops](ops.png)" in page and (results / "h200" / "solver.png").stat().st_size
@@ -80,6 +80,8 @@ def test_a_readme_without_markers_is_a_sentence(results, capsys):
 def test_quick_rows_reach_no_table(tmp_path):
     kept = record.Recorder(tmp_path / "cpu" / "ops.jsonl", stamp=STAMP)
     kept.add(**OPS, case="guided_step", peer="ours", median_us=1.0, quick=True)
+    (tmp_path / "aot").mkdir()
+    (tmp_path / "aot" / "kernels.jsonl").write_text('{"kernel": "step", "registers": 32}\n')  # no measurement
     assert report.machines(tmp_path) == {} and plots.draw(tables.Rows(record.read(tmp_path)), tmp_path) == []
 
 
