@@ -66,7 +66,7 @@ def aligned_v_loss(
     def coefficient(name: str, value: PerSample | None) -> Tensor | None:
         return None if value is None else checks.per_sample(name, value, model_output, batch, dtype)
 
-    loss, parts, _ = torch.ops.reflow_kernels.aligned_v_loss(
+    operands = (
         model_output,
         target,
         coefficient("direction_weight", direction_weight),
@@ -74,15 +74,15 @@ def aligned_v_loss(
         sample,
         coefficient("sample_coef", sample_coef),
         coefficient("output_coef", output_coef),
-        float(eps),
-        backend,
-        strict,
     )
+    run = torch.ops.reflow_kernels.aligned_v_loss
+    if dispatch.runs_directly("aligned_v_loss", backend, strict, *operands):
+        run = _Direct.apply if model_output.requires_grad and torch.is_grad_enabled() else _run
+    loss, parts, _ = run(*operands, float(eps), backend, strict)
     return AlignedVLoss(loss, *parts.detach().unbind(0))
 
 
-@torch.library.custom_op("reflow_kernels::aligned_v_loss", mutates_args=())
-def _forward(
+def _run(
     model_output: Tensor,
     target: Tensor,
     direction_weight: Tensor,
@@ -113,6 +113,9 @@ def _forward(
     return result.loss, torch.stack(result[1:]), stats
 
 
+_forward = torch.library.custom_op("reflow_kernels::aligned_v_loss", _run, mutates_args=())
+
+
 @_forward.register_fake
 def _(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict):
     dtype = reference.accumulate_dtype(model_output, target, sample)
@@ -124,8 +127,7 @@ def _(model_output, target, direction_weight, weight, sample, sample_coef, outpu
     )
 
 
-@torch.library.custom_op("reflow_kernels::aligned_v_loss_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_loss: Tensor,
     model_output: Tensor,
     target: Tensor,
@@ -158,6 +160,9 @@ def _backward(
     return layout.settle(grad, layout.leading_order(model_output))
 
 
+_backward = torch.library.custom_op("reflow_kernels::aligned_v_loss_backward", _run_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(grad_loss, model_output, *rest):
     return layout.empty((model_output.shape[0],), model_output, layout.leading_order(model_output))
@@ -178,3 +183,18 @@ def _autograd(ctx, grad_loss, grad_parts, grad_stats):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same two functions as autograd's own, for calls that need no dispatcher."""
+
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_parts, grad_stats):
+        if torch.is_grad_enabled():  # create_graph: the registered op says that it has no second derivative
+            return _autograd(ctx, grad_loss, grad_parts, grad_stats)
+        if grad_loss is None:
+            return (None,) * 10
+        return _run_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *(None,) * 9

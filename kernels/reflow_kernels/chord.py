@@ -60,11 +60,13 @@ def window_chord(
     else:
         tau = checks.per_sample("tau", tau, z_start, batch, z_start.dtype)
     dt = checks.per_sample("dt", dt, z_start, batch, z_start.dtype)
-    return torch.ops.reflow_kernels.window_chord(z_start, z_end, tau, dt, input_dtype or z_start.dtype, backend, strict)
+    run = torch.ops.reflow_kernels.window_chord
+    if dispatch.runs_directly("window_chord", backend, strict, z_start, z_end, tau, dt):
+        run = _run
+    return run(z_start, z_end, tau, dt, input_dtype or z_start.dtype, backend, strict)
 
 
-@torch.library.custom_op("reflow_kernels::window_chord", mutates_args=())
-def _chord(
+def _run(
     z_start: Tensor, z_end: Tensor, tau: Tensor, dt: Tensor, input_dtype: torch.dtype, backend: str, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = dispatch.select("window_chord", z_start.device, backend, strict)
@@ -75,6 +77,9 @@ def _chord(
     order = layout.leading_order(z_start)
     z_t, velocity, model_input = reference.window_chord(z_start, z_end, tau, dt, input_dtype=input_dtype)
     return layout.settle(z_t, order), layout.settle(velocity, order), layout.settle(model_input, order)
+
+
+_chord = torch.library.custom_op("reflow_kernels::window_chord", _run, mutates_args=())
 
 
 @_chord.register_fake

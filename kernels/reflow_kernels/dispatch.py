@@ -49,6 +49,23 @@ def select(op: str, device: torch.device, backend: str = "auto", strict: bool = 
     return chosen
 
 
+def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a call may start its Triton kernels without torch.library's dispatcher, which takes the CPU longer than
+    the launch: plain tensors in eager mode, and no mode or transform that wants to see the op.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _modes() or _transform() is not None:
+        return False
+    if any(type(value) not in _PLAIN for value in (leading, *others) if value is not None):
+        return False
+    return select(op, leading.device, backend, strict) == "triton"
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Where a version of PyTorch lacks one of these, every call takes the dispatcher.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: True)
+
+
 def triton_module(name: str) -> ModuleType:
     """The module that holds an op's kernels, imported at the first use so that Triton stays optional."""
     return importlib.import_module(f"{__package__}.{name}_kernels")

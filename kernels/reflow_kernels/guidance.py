@@ -44,11 +44,13 @@ def cfg_combine(
         rescale = checks.per_sample("rescale", rescale, model_output, batch, dtype)
     else:
         rescale = None
-    return torch.ops.reflow_kernels.cfg_combine(model_output, scale, rescale, backend, strict)
+    run = torch.ops.reflow_kernels.cfg_combine
+    if dispatch.runs_directly("cfg_combine", backend, strict, model_output, scale, rescale):
+        run = _run
+    return run(model_output, scale, rescale, backend, strict)
 
 
-@torch.library.custom_op("reflow_kernels::cfg_combine", mutates_args=())
-def _combine(
+def _run(
     model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, backend: str, strict: bool
 ) -> Tensor:
     chosen = dispatch.select("cfg_combine", model_output.device, backend, strict)
@@ -59,6 +61,9 @@ def _combine(
         return guided
     guided = reference.cfg_combine(model_output, guidance_scale, rescale=0.0 if rescale is None else rescale)
     return layout.settle(guided, order)
+
+
+_combine = torch.library.custom_op("reflow_kernels::cfg_combine", _run, mutates_args=())
 
 
 @_combine.register_fake

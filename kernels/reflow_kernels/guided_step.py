@@ -68,6 +68,8 @@ def guided_step(
     )
     if out is None and input_out is None:
         dtype = model_output.dtype if input_dtype is None else input_dtype
+        if dispatch.runs_directly("guided_step", backend, strict, *operands):
+            return _run(*operands, dtype, backend, strict)
         return torch.ops.reflow_kernels.guided_step(*operands, dtype, backend, strict)
 
     _check_buffer("out", out, state, batch, state.dtype, "the dtype of state")
@@ -82,7 +84,11 @@ def guided_step(
         raise ValueError(
             f"input_out has strides {input_out.stride()}; expected the sample order of out, {out.stride()}."
         )
-    torch.ops.reflow_kernels.guided_step_out(*operands, out, input_out, backend, strict)
+    if dispatch.runs_directly("guided_step", backend, strict, *operands, out, input_out):
+        _run_out(*operands, out, input_out, backend, strict)
+        torch.autograd.graph.increment_version((out, input_out))
+    else:
+        torch.ops.reflow_kernels.guided_step_out(*operands, out, input_out, backend, strict)
     return out, input_out
 
 
@@ -99,8 +105,7 @@ def _check_buffer(name, value, state, rows, dtype, of):
         raise ValueError(f"{name} has strides {value.stride()}; expected samples that are dense and do not overlap.")
 
 
-@torch.library.custom_op("reflow_kernels::guided_step", mutates_args=())
-def _step(
+def _run(
     state: Tensor,
     model_output: Tensor,
     state_coef: Tensor,
@@ -123,6 +128,9 @@ def _step(
     return layout.settle(results[0], order), layout.settle(results[1], order)
 
 
+_step = torch.library.custom_op("reflow_kernels::guided_step", _run, mutates_args=())
+
+
 @_step.register_fake
 def _(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_dtype, backend, strict):
     order = layout.leading_order(model_output)
@@ -132,8 +140,7 @@ def _(state, model_output, state_coef, output_coef, guidance_scale, input_scale,
     )
 
 
-@torch.library.custom_op("reflow_kernels::guided_step_out", mutates_args=("out", "input_out"))
-def _step_out(
+def _run_out(
     state: Tensor,
     model_output: Tensor,
     state_coef: Tensor,
@@ -153,6 +160,11 @@ def _step_out(
     results = _reference(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_out.dtype)
     out.copy_(results[0])
     input_out.copy_(results[1])
+
+
+_step_out = torch.library.custom_op(
+    "reflow_kernels::guided_step_out", _run_out, mutates_args=("out", "input_out")
+)
 
 
 @_step_out.register_fake

@@ -7,6 +7,7 @@ channels, and expanded batches, are read in place. Sizes of 1 carry no order.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -19,14 +20,21 @@ from . import dispatch
 
 def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides of the dimensions after the first if they are dense in some order (sizes of 1 count 0), else None."""
-    dims = [dim for dim in range(1, tensor.dim()) if tensor.shape[dim] != 1]
-    strides = [0] * (tensor.dim() - 1)
+    # A fake tensor's sizes may be symbols, which have no hash.
+    find = _dense_order if type(tensor) is Tensor else _dense_order.__wrapped__
+    return find(tuple(tensor.shape[1:]), tensor.stride()[1:])
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    dims = [dim for dim, size in enumerate(shape) if size != 1]
+    strides = [0] * len(shape)
     expected = 1
-    for dim in sorted(dims, key=tensor.stride):
-        if tensor.stride(dim) != expected:
+    for dim in sorted(dims, key=stride.__getitem__):
+        if stride[dim] != expected:
             return None
-        strides[dim - 1] = expected
-        expected *= tensor.shape[dim]
+        strides[dim] = expected
+        expected *= shape[dim]
     return tuple(strides)
 
 
