@@ -38,9 +38,18 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
+LINEAR = torch.nn.functional.linear
+
+
+def restore_linear() -> None:
+    """Take back ZeRO 3's replacement of F.linear, which stays in the process and rounds otherwise in whatever runs after it."""
+    torch.nn.functional.linear = LINEAR
+
+
 def init_distributed() -> torch.device:
     """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
     deepspeed = load_deepspeed()
+    restore_linear()
     if "RANK" not in os.environ:
         import socket
         with socket.socket() as probe:
@@ -244,3 +253,4 @@ class Engine:
 
     def destroy(self) -> None:
         self.engine.destroy()
+        restore_linear()

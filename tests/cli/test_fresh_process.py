@@ -116,6 +116,7 @@ def test_commands_print_their_own_lines_and_nothing_else(run_dir, tmp_path):
         "Delta weights of tiny (stage 2 of 2, 2 windows) against builtin: delta.safetensors",
         "exit code 0",
         "210 tensors merged, 0 of another shape kept, 0 in one model only.",
+        "The weights changed by ",
         "diffusers folder: merged",
         f"scheduler: DDIMScheduler, so it {ends}",
         "exit code 0",

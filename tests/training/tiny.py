@@ -56,7 +56,7 @@ def load_once():
     load, encode, bases, data = run.load_base, run.encode_digits, {}, []
 
     def base_once(recipe, device):
-        if recipe.model.lora_rank or recipe.model.base != "builtin":
+        if recipe.model.lora_rank or (recipe.model.family, recipe.model.base) != ("digits", "builtin"):
             return load(recipe, device)
         if device not in bases:
             bases[device] = load(recipe, device)
