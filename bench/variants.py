@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import reflow_kernels
 import torch
 from torch import Tensor, nn
 
+import reflow_kernels
 from bench.published import PublishedLoop, Settings, average
 from bench.scenes import Scene
 from reflow.data import sampler

@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 from reflow import config
-from reflow.settings import Recipe
 from reflow.errors import UserError
+from reflow.settings import Recipe
 
 
 def positive(text: str) -> int:

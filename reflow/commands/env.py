@@ -23,9 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from reflow_kernels import backend_report
 
     import reflow
+    from reflow_kernels import backend_report
 
     print(f"reflow {reflow.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in (*PACKAGES, *OPTIONAL):

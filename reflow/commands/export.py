@@ -9,8 +9,8 @@ import pathlib
 from typing import Any
 
 from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
-from reflow.settings import Recipe
 from reflow.errors import UserError
+from reflow.settings import Recipe
 
 SUFFIX = ".safetensors"
 DIGITS_DATA = (

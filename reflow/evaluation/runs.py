@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from reflow import config
-from reflow.settings import Recipe
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.lora_files import stage_file, student_state
 from reflow.models.family import Base
+from reflow.settings import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from reflow_kernels import AlignedVLoss, aligned_v_loss
 from torch import Tensor
+
+from reflow_kernels import AlignedVLoss, aligned_v_loss
 
 from .chord import ChordTable
 from .prediction import ddim_coefficients, expand

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from reflow_kernels import guided_step
 from torch import Tensor
+
+from reflow_kernels import guided_step
 
 from .chord import MIN_ALPHA, ChordTable
 from .prediction import KINDS, ddim_coefficients, expand, flow_coefficients

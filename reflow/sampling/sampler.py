@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from reflow_kernels import cfg_combine
 from torch import nn
 
 from reflow.errors import UserError
@@ -18,6 +17,7 @@ from reflow.flow import DiscreteVP, Windows, WindowSolver
 from reflow.models.family import Base, Conditioning, denoise
 from reflow.sampling.guidance import Guidance, guidance_scales
 from reflow.sampling.piecewise import PiecewiseFlowScheduler
+from reflow_kernels import cfg_combine
 
 
 @dataclass(frozen=True)

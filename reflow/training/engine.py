@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reflow.settings import Train
 from reflow.errors import UserError
+from reflow.settings import Train
 from reflow.training import optimizers, shards
 from reflow.training.shards import Piece, Shards
 

@@ -11,19 +11,19 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.family import Base, denoise
+from reflow.settings import Recipe
 from reflow.training import networks, optimizers, stages, targets
 from reflow.training.checkpoint import Checkpoints, save_weights, together
 from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
-from reflow.training.progress import Progress
 from reflow.training.pairs import PairStore, reuse
+from reflow.training.progress import Progress
 from reflow.training.solves import Solved, Solver
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation

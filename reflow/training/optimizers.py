@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from reflow.settings import Train
 from reflow.errors import UserError
+from reflow.settings import Train
 
 
 def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:

@@ -8,10 +8,10 @@ from typing import Any
 
 from reflow import config
 from reflow.errors import UserError
-from reflow.settings import Recipe
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
+from reflow.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
 

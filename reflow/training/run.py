@@ -9,10 +9,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from reflow_kernels import backend_report
 
 from reflow import config
-from reflow.settings import Recipe
 from reflow.data.cache import CachedDataset
 from reflow.data.latents import LatentDataset, encode_digits
 from reflow.data.shapes import Shaped
@@ -21,8 +19,10 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
+from reflow.settings import Recipe
 from reflow.training import engine, loop, networks, stages
 from reflow.training.checkpoint import write_atomic
+from reflow_kernels import backend_report
 
 
 def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: bool) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.flow.captured import CapturedSolve
 from reflow.models.family import Conditioning, denoise
+from reflow.settings import Recipe
 from reflow.training import teachers
 from reflow.training.stages import StageFlow
 

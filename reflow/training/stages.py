@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from reflow.settings import Recipe, Stage
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
+from reflow.settings import Recipe, Stage
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from reflow_kernels import AlignedVLoss, window_chord
 
-from reflow.settings import Objective
 from reflow.flow import ChordTable, objective, snap
+from reflow.settings import Objective
+from reflow_kernels import AlignedVLoss, window_chord
 
 
 @dataclass

@@ -60,7 +60,12 @@ def park(network: torch.nn.Module, device: torch.device) -> Parked | None:
 def quantise(network: torch.nn.Module, device: torch.device) -> str:
     """Linear layers to float8 (e4m3) in place, through torchao; returns how. Convolutions stay as they are. Raises UserError without torchao."""
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow, quantize_
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Float8WeightOnlyConfig,
+            PerRow,
+            quantize_,
+        )
     except ImportError as error:
         raise UserError(f"teacher.precision = 'fp8' needs the package torchao, which cannot be imported here ({error}); install it with "
                         f"'pip install torchao', or write 'bf16'.") from error

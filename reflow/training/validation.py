@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, PngImagePlugin
-from reflow_kernels import AlignedVLoss
 
-from reflow.settings import Recipe
 from reflow.data import sampler
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.family import Base, denoise
 from reflow.sampling.sampler import Samples, sample, sample_teacher
+from reflow.settings import Recipe
 from reflow.training import targets
 from reflow.training.solves import Solved, Solver
 from reflow.training.stages import StageFlow
 from reflow.training.telemetry import Log
+from reflow_kernels import AlignedVLoss
 
 TAUS = (0.0, 0.25, 0.5, 0.75)
 FIXED = 2**40  # solves of validation: far behind any that trains

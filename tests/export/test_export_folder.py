@@ -20,7 +20,6 @@ from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
 
-
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reflow_kernels import aligned_v_loss, window_chord
 
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
 from reflow.flow.captured import CapturedSolve
+from reflow_kernels import aligned_v_loss, window_chord
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from reflow_kernels import cfg_combine
 
 from reflow.flow import EDM, VE, ContinuousVP
 from reflow.flow.prediction import (
@@ -22,6 +21,7 @@ from reflow.flow.prediction import (
     vp_index,
     vp_time,
 )
+from reflow_kernels import cfg_combine
 
 
 @pytest.fixture(params=["vp", "general"])

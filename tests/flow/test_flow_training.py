@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reflow_kernels import window_chord
 
 from reflow.flow import ChordTable, Windows, WindowSolver, chord_loss, network_time, sample_tau, snap
 from reflow.flow.exact import GaussianData, MixtureData, network
+from reflow_kernels import window_chord
 
 GAUSSIAN = GaussianData(torch.tensor([1.0, -0.5]), torch.tensor([0.6, 0.2]))
 MIXTURE = MixtureData(torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.8, -1.2]]), 0.5, torch.tensor([0.4, 0.3, 0.3]))

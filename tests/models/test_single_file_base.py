@@ -14,8 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow.checkpoint_keys import original_clip, original_open_clip, original_unet, original_vae
-from reflow.checkpoint_keys import SD_CLIP_PREFIX, SDXL_CLIP_PREFIX
+from reflow.checkpoint_keys import (
+    SD_CLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    original_clip,
+    original_open_clip,
+    original_unet,
+    original_vae,
+)
 from reflow.errors import UserError
 from reflow.export import export_folder, export_single_file
 from reflow.flow import Windows

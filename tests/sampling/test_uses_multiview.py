@@ -4,12 +4,12 @@ Wonder3D."""
 import pytest
 import tiny_pipelines
 import torch
-from reflow_kernels import window_chord
 
 from reflow.delta import make_delta, merge
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver, chord_loss
 from reflow.sampling import PiecewiseFlowScheduler
+from reflow_kernels import window_chord
 
 VIEWS, OBJECTS = 3, 2
 SHAPE = (OBJECTS * VIEWS, 4, 8, 8)

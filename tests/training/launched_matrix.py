@@ -23,6 +23,7 @@ import tiny
 import watch
 
 from reflow.errors import UserError
+from reflow.lora_files import stage_file
 from reflow.training import engine, run
 
 out = pathlib.Path(sys.argv[-1])
@@ -60,9 +61,10 @@ engine.init_distributed()
 tiny.load_once()
 rank, combinations, resized = dist.get_rank(), [], []
 for zero, optimizer, precision in [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "bf16") for z in (0, 2, 3)] + [
-        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)]:
+        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "lora") for z in (2, 3)]:
     name = f"zero{zero}-{optimizer}-{precision}"
-    settings = short(f"train.zero_stage={zero}", f"train.optimizer={optimizer}", f"train.precision={precision}")
+    kind = ["train.precision=fp32", "model.lora_rank=2"] if precision == "lora" else [f"train.precision={precision}"]
+    settings = short(f"train.zero_stage={zero}", f"train.optimizer={optimizer}", *kind)
     partitioned.clear()
     code = run.train(settings, out / name)
     with watch.watching() as seen:
@@ -72,7 +74,7 @@ for zero, optimizer, precision in [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] +
             torch.save(seen["saved"], out / f"{name}-saved.pt")
         again = run.train(settings, copied(f"{name}-cut", f"{name}-again"))
     if rank == 0:
-        a, b = (load_file(out / n / "stage-0" / "unet_ema.safetensors") for n in (name, f"{name}-again"))
+        a, b = (load_file(stage_file(out / n, 0)) for n in (name, f"{name}-again"))
         same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         combinations.append({"name": name, "code": code, "left": left, "again": again, "same_weights": same, "how": seen["how"],
                              "same_log": lines(out / name) == lines(out / f"{name}-again"), "partitioned": partitioned[-1]})

@@ -31,7 +31,8 @@ def matrix(launch, tmp_path_factory):
     return out, json.loads((out / "result.json").read_text())
 
 
-NAMES = [f"zero{z}-{o}-fp32" for o in ("adamw", "adamw8bit") for z in (0, 1, 2, 3)] + [f"zero{z}-adamw-bf16" for z in (0, 2, 3)]
+NAMES = [f"zero{z}-{o}-fp32" for o in ("adamw", "adamw8bit") for z in (0, 1, 2, 3)] + [f"zero{z}-adamw-bf16" for z in (0, 2, 3)] + [
+    f"zero{z}-adamw-lora" for z in (2, 3)]
 
 
 @pytest.mark.launch

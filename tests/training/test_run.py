@@ -11,13 +11,13 @@ import time
 import pytest
 import tiny
 import torch
-from reflow_kernels import dispatch
 from safetensors.torch import load_file
 
 from reflow import config
 from reflow.data import latents
 from reflow.errors import UserError
 from reflow.training import ema, engine, loop, optimizers, run
+from reflow_kernels import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ONE = ("stages.1.samples=16", "stages.0.samples=32")
