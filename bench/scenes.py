@@ -126,7 +126,7 @@ def digits_data(base: Base) -> tuple[LatentDataset, torch.Tensor, list[str]]:
 
     pixels, labels = (values[:SCANS] for values in digits.images())
     sentences = digits.prompts(torch.arange(10))
-    latents, captions = base.encode_images(pixels.to(base.vae.device)).cpu(), base.encode_prompts(sentences)
+    latents, captions = base.encode_images(pixels.to(base.vae.device)).cpu().contiguous(), base.encode_prompts(sentences)
     null = base.null_conditioning(1)
     data = LatentDataset(latents, labels, captions.to("cpu", torch.float32), null.to("cpu", torch.float32))
     return data, pixels, digits.prompts(labels)

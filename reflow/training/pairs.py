@@ -130,8 +130,8 @@ class PairStore:
         recipe, flow, device = self.solver.recipe, self.solver.flow, self.solver.device
         pairs = torch.tensor([sampler.item_of(recipe.train.seed, 128 + flow.index, i, self.count) for i in indices])
         conditioning = self.solver.data.conditioning(self.rows("item", pairs), self.rows("dropped", pairs)).to(device, torch.float32)
-        return Solved(self.rows("z_start", pairs).to(device, non_blocking=True), self.rows("z_end", pairs).to(device, non_blocking=True),
-                      self.rows("window", pairs).to(device), conditioning)
+        start, end = (self.rows(name, pairs).to(device, non_blocking=True) for name in ("z_start", "z_end"))
+        return Solved(start, end, self.rows("window", pairs).to(device), conditioning)
 
 
 def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:

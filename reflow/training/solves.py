@@ -67,7 +67,9 @@ class Solver:
         window = self.flow.window_of(torch.tensor(indices, device=self.device))
         student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
         taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
-        noise, latent = noise.to(self.device), self.data.latent(items).to(self.device, torch.float32)
+        # Contiguous, as networks answer: an operand in another order than the others would be copied by every fused op.
+        latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
+        noise = noise.to(self.device)
         with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
             z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
             if z_start is not None:

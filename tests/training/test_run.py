@@ -296,3 +296,16 @@ def test_a_bf16_student_is_validated_in_bf16(tmp_path):
     run.train(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path / "run")
     (check,) = log(tmp_path / "run", "validate")
     assert all(0 < w["mse"] < 1 for w in check["windows"]) and log(tmp_path / "run", "start")[0]["distance_to_own_ddim"] < 1e-3
+
+
+@pytest.mark.parametrize("channels_last", ["true", "false"])
+def test_a_run_copies_no_operand_of_the_fused_ops(tmp_path, monkeypatch, channels_last):
+    import reflow_kernels
+
+    monkeypatch.setenv("REFLOW_KERNELS_BACKEND", "triton")
+    reflow_kernels.configure(strict=True)  # an operand in another order than the network's output is an error
+    try:
+        recipe = tiny.recipe(tmp_path, f"model.channels_last={channels_last}", "stages.0.samples=16", "stages.0.chords_per_solve=2")
+        assert run.train(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path / "run") == 0
+    finally:
+        reflow_kernels.configure(strict=False)
