@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _FREE = (
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh",
@@ -97,7 +97,8 @@ def _kernel_starts(names: Counter[str]) -> Iterator[None]:
 
     def counting(kernel, *args, **constants):
         names[getattr(getattr(kernel, "fn", kernel), "__name__", "kernel").strip("_")] += 1
-        return start(kernel, *args, **constants)
+        with _disable_current_modes():  # the interpreter's own copies are no launches
+            return start(kernel, *args, **constants)
 
     launch.start = counting
     try:
