@@ -17,6 +17,6 @@ fi
 # Two workers on two cores; a file stays with one worker, so what its tests share is made once.
 workers=()
 if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null && [ "$REFLOW_TEST_DEVICE" = cpu ]; then
-  workers=(-n 2 --dist loadfile)
+  workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
 exec "$REFLOW_PYTHON" -m pytest "${which[@]}" "${workers[@]}" "$@"

@@ -18,3 +18,16 @@ import torch
 def device() -> torch.device:
     """The device the tests run on: REFLOW_TEST_DEVICE, by default the CPU."""
     return torch.device(os.environ.get("REFLOW_TEST_DEVICE", "cpu"))
+
+
+# Files of a minute and more, longest first: with two workers, what starts last should be short.
+LONG = ("training/test_launched.py", "training/test_run.py", "training/test_recipes.py", "training/test_parity.py", "training/test_memory.py",
+        "training/test_nodes.py", "bench/test_quick_suite.py", "cli/test_fresh_process.py", "ops/test_ops_aot.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((n for n, name in enumerate(LONG) if path.endswith(name)), len(LONG))
+
+    items.sort(key=place)

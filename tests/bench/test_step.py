@@ -39,6 +39,7 @@ def test_a_published_step_that_differs_is_never_timed(rig, monkeypatch, tmp_path
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_a_row_for_every_peer(rig, monkeypatch, tmp_path):
     monkeypatch.setattr(step, "Rig", lambda *_: rig)
     monkeypatch.setattr(record, "revision", lambda: "one")  # a commit in between would make it another run
@@ -62,6 +63,7 @@ def test_a_quick_run_has_a_row_for_every_peer(rig, monkeypatch, tmp_path):
     assert len(record.read(tmp_path / "step.jsonl")) == len(rows)
 
 
+@pytest.mark.slow
 def test_random_weights_train_in_every_way(monkeypatch, tmp_path, device):
     """A tiny SDXL of the real classes instead of the real size: bf16, encoders in the loop, guided and chained."""
     pipe = tiny_pipelines.sdxl()

@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("zero, precision", [(2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("zero, precision", [(2, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.slow)])
 def test_offload_resumes_bit_equal_and_without_offload_to_rounding(whole, tmp_path, zero, precision, digits_base):
     settings = [*SMALL, f"train.zero_stage={zero}", f"train.precision={precision}"]
     recipe = tiny.short(tmp_path, *settings, "train.offload=true")

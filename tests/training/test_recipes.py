@@ -48,7 +48,7 @@ def small(name, bases, *overrides):
     return config.load(name, [
         f"model.base={bases / family}", f"data.path={bases / f'{family}-cache'}", "model.compile=false",
         f"train.micro_batch={micro}", f"train.batch_size={2 * micro}", "train.warmup=0", "checkpoint.minutes=0", "log.every=1",
-        "validate.every=8", "validate.images=1", "validate.pairs=2", "validate.teacher_steps=2", "validate.prompts=['a']",
+        "validate.every=8", "validate.images=1", "validate.pairs=2", "validate.teacher_steps=2", "validate.prompts=['a']", "validate.steps=[8]",
         *(["model.lora_rank=2"] if recipe.model.lora_rank else []), *(s.replace("=8", f"={2 * micro}") for s in sizes), *overrides])  # fmt: skip
 
 

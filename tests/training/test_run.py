@@ -262,7 +262,7 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.slow)])  # test_launched.py kills too
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_path, name):
     longer = ("stages.0.samples=160", "stages.1.samples=16", "checkpoint.every=32", "log.every=16", "checkpoint.keep=9")
     environment = outside()
