@@ -1,5 +1,7 @@
 """Shared by every room: the device under test and quiet libraries."""
 
+import argparse
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +20,37 @@ import torch
 def device() -> torch.device:
     """The device the tests run on: REFLOW_TEST_DEVICE, by default the CPU."""
     return torch.device(os.environ.get("REFLOW_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def reflow():
+    """reflow("sample", "--model", ...): the command's own parser and `run`, in this process. Returns the exit code."""
+    from reflow.cli import COMMANDS
+
+    def call(name, *argv):
+        module = importlib.import_module(COMMANDS[name][0])
+        parser = argparse.ArgumentParser(prog=f"reflow {name}")
+        module.arguments(parser)
+        return module.run(parser.parse_args([str(word) for word in argv]))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def sd15():
+    """A small pipeline of the real class; a test that changes it makes its own."""
+    return _tiny_pipeline("sd15")
+
+
+@pytest.fixture(scope="session")
+def sdxl():
+    """As `sd15`."""
+    return _tiny_pipeline("sdxl")
+
+
+def _tiny_pipeline(name: str):
+    tiny_pipelines = importlib.import_module("tiny_pipelines")
+    return tiny_pipelines.quiet(getattr(tiny_pipelines, name)())
 
 
 # Files of a minute and more, longest first: with two workers, what starts last should be short.

@@ -73,7 +73,7 @@ class Loop:
             raise UserError(f"Each of {world} ranks takes micro-batches of {self.micro}, which chords_per_solve = {chords} does not divide; "
                             f"use fewer ranks, or a train.batch_size of at least {chords * world}.")
         self.accumulation = train.batch_size // (self.micro * world)
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
+        self.dtype = networks.trained_dtype(recipe)
         self.networks = networks.build(recipe, run_dir, base, device, make_unet)
         self.checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep)
         self.signals = Signals(recipe.checkpoint.minutes)

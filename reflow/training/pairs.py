@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from reflow.data import sampler
 from reflow.errors import UserError
+from reflow.training.checkpoint import save_weights, write_atomic
 from reflow.training.solves import Solved, Solver
 
 CHUNK = 512
@@ -99,13 +99,11 @@ class PairStore:
         return {"z_start": solved.z_start, "z_end": solved.z_end, "item": items, "dropped": dropped, "window": solved.window}
 
     def _write(self, chunk: int, parts: list[dict[str, torch.Tensor]]) -> None:
-        tensors = {name: torch.cat([p[name].cpu() for p in parts]).contiguous() for name in TENSORS}
+        tensors = {name: torch.cat([p[name].cpu() for p in parts]) for name in TENSORS}
         if not all(torch.isfinite(tensors[name]).all() for name in ("z_start", "z_end")):
             raise UserError(f"The teacher's solve of pairs {self.chunks[chunk][0]} to {self.chunks[chunk][-1]} is not finite; check the base "
                             f"model's weights, or write teacher.precision = 'fp32'.")
-        temporary = self.path(chunk).with_name(f".{self.path(chunk).name}.tmp")
-        save_file(tensors, str(temporary))
-        os.replace(temporary, self.path(chunk))
+        save_weights(tensors, self.path(chunk), {})
 
     def load(self) -> PairStore:
         """Map all chunks into memory; rows are read from disk when they are asked for."""
@@ -149,9 +147,7 @@ def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
         raise UserError(f"--out {folder} is not empty and holds no stored pairs; give a new folder.")
     elif dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(told, indent=1))
-        os.replace(temporary, manifest)
+        write_atomic(manifest, json.dumps(told, indent=1))
     dist.barrier()
     return PairStore(folder, solver, count)
 

@@ -13,6 +13,7 @@ from reflow.flow.captured import CapturedSolve
 from reflow.models.family import Conditioning, denoise
 from reflow.settings import Recipe
 from reflow.training import teachers
+from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow
 
 
@@ -43,7 +44,7 @@ class Solver:
 
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
         self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[recipe.teacher.precision]
+        self.dtype = solver_dtype(recipe)
         self.captured: CapturedSolve | None = None
         self.parked = teachers.park(teacher, device) if recipe.teacher.offload else None
         self.rounding = teachers.to_fp8(self, recipe.teacher.fp8_max_error) if recipe.teacher.precision == "fp8" else None

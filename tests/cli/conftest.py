@@ -1,7 +1,5 @@
-"""Commands in this process, and a run directory of seconds to give them."""
+"""A run directory of seconds for commands."""
 
-import argparse
-import importlib
 import pathlib
 import sys
 
@@ -11,21 +9,6 @@ for room in ("training", "helpers"):
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / room))
 
 import tiny
-
-from reflow.cli import COMMANDS
-
-
-@pytest.fixture(scope="session")
-def reflow():
-    """reflow("sample", "--model", ...): the command's own parser and `run`, in this process. Returns the exit code."""
-
-    def call(name, *argv):
-        module = importlib.import_module(COMMANDS[name][0])
-        parser = argparse.ArgumentParser(prog=f"reflow {name}")
-        module.arguments(parser)
-        return module.run(parser.parse_args([str(word) for word in argv]))
-
-    return call
 
 
 @pytest.fixture(scope="session")
