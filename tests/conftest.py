@@ -38,7 +38,7 @@ def reflow():
 
 @pytest.fixture(scope="session")
 def sd15():
-    """A small pipeline of the real class; a test that changes it makes its own."""
+    """A small pipeline of the real class; a test that changes it takes a copy first."""
     return _tiny_pipeline("sd15")
 
 

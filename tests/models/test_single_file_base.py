@@ -65,10 +65,11 @@ def test_every_weight_comes_back_and_text_and_images_are_the_same(made, cache):
         stock = b.state_dict()
         assert a.state_dict().keys() == stock.keys() and all(torch.equal(t, stock[k]) for k, t in a.state_dict().items())
     a, b = base.encode_prompts(prompts), want.encode_prompts(prompts)
-    assert torch.equal(a.encoder_hidden_states, b.encoder_hidden_states)
-    assert a.text_embeds is None or torch.equal(a.text_embeds, b.text_embeds)
+    # The same weights at other addresses: some processors round a network's sums otherwise.
+    torch.testing.assert_close(a.encoder_hidden_states, b.encoder_hidden_states, rtol=1e-5, atol=1e-5)
+    assert a.text_embeds is None or torch.allclose(a.text_embeds, b.text_embeds, rtol=1e-5, atol=1e-5)
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(base.encode_images(pixels), want.encode_images(pixels))
+    torch.testing.assert_close(base.encode_images(pixels), want.encode_images(pixels), rtol=1e-5, atol=1e-5)
     assert base.scheduler_config["prediction_type"] == "epsilon"
     # Unpacked once, found again, and a folder like any other: its own export is the same file.
     before = base.path.stat().st_ino
@@ -122,7 +123,7 @@ def test_the_second_tokenizer_of_sdxl_follows_from_the_first(made, tmp_path):
         base = family(name).load(file, tokenizer=str(folder / "tokenizer"), config=str(folder), parts=("text",))
         want = family(name).load(folder, parts=("text",))
         got, stock = base.encode_prompts(["a cat"]), want.encode_prompts(["a cat"])
-        assert torch.equal(got.encoder_hidden_states, stock.encoder_hidden_states)
+        torch.testing.assert_close(got.encoder_hidden_states, stock.encoder_hidden_states, rtol=1e-5, atol=1e-5)
         assert base.tokenizers[1].pad_token == "!"
 
 

@@ -1,5 +1,6 @@
 """PiecewiseFlowScheduler inside unmodified diffusers pipelines: saving, guidance, image to image, inpainting."""
 
+import copy
 import json
 
 import numpy as np
@@ -26,7 +27,7 @@ def seeded():
 
 
 def students(name, request):
-    pipe = request.getfixturevalue(name)
+    pipe = copy.copy(request.getfixturevalue(name))  # other tests draw with the one that is shared
     pipe.scheduler = PiecewiseFlowScheduler.from_config(tiny_pipelines.ddim().config, num_time_windows=4)
     return pipe
 
@@ -42,9 +43,9 @@ def test_a_saved_pipeline_loads_and_samples_the_same(name, request, tmp_path):
     ]
     again = tiny_pipelines.quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(again.scheduler) is PiecewiseFlowScheduler and again.scheduler.config.prediction_type == "ddim_eps"
-    np.testing.assert_array_equal(
-        again("abc", num_inference_steps=4, guidance_scale=3.0, generator=seeded(), **SIZE).images, before
-    )
+    # Weights read from a file lie at other addresses than those in memory, and some processors then round otherwise.
+    after = again("abc", num_inference_steps=4, guidance_scale=3.0, generator=seeded(), **SIZE).images
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -103,6 +104,7 @@ def test_published_perflow_configs_load(tmp_path):
 
 
 def test_perflow_time_reaches_the_network(sd15, monkeypatch):
+    sd15 = copy.copy(sd15)
     sd15.scheduler = PiecewiseFlowScheduler(network_time="perflow")
     seen = []
     forward = sd15.unet.forward
