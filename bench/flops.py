@@ -44,7 +44,7 @@ def count(config: Mapping[str, Any], tokens: int) -> tuple[int, int]:
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from reflow.models.family import Conditioning, denoise
+    from reflow.models.conditioning import Conditioning, denoise
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))

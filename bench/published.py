@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reflow.models.family import Base, Conditioning, denoise
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.family import Base
 
 Network = Callable[..., Any]
 STEPS = 1000

@@ -21,7 +21,7 @@ from bench.session import Peer
 from bench.timing import Times
 from reflow.flow import DiscreteVP, Windows, WindowSolver
 from reflow.flow.captured import CapturedSolve
-from reflow.models.family import Conditioning, denoise
+from reflow.models.conditioning import Conditioning, denoise
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.sampling.sampler import sample, sample_teacher
 

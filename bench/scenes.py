@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.data.latents import LatentDataset
 from reflow.flow import DiscreteVP
 from reflow.models import registry
-from reflow.models.family import Base, Conditioning
-from reflow.settings import Recipe
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
+from reflow.recipes.settings import Recipe
 
 FAMILIES = ("sdxl", "sd15", "digits")
 CONFIGS = Path(registry.__file__).parent / "configs"
@@ -94,12 +95,12 @@ def recipe(
     }
     if before:
         raw["stages"] = [{**stage, "windows": before, "chords_per_solve": 1}, {**stage, "teacher": "previous"}]
-    return config.parse(raw, "the benchmark's recipe")
+    return reading.parse(raw, "the benchmark's recipe")
 
 
 @functools.cache
 def _shipped() -> dict[str, Any]:
-    return config.load("digits").resolved()
+    return reading.load("digits").resolved()
 
 
 def build(family: str, device: torch.device | str, *, student: bool = True, encoders: bool = True) -> Scene:

@@ -202,7 +202,7 @@ def _digits(session: Session, samples: int) -> Flow:
     """The digits teacher with captions, from noise along its own trajectory."""
     from reflow.data import digits as data
     from reflow.models import registry
-    from reflow.models.family import denoise
+    from reflow.models.conditioning import denoise
 
     device = session.device
     base = registry.family("digits").load(device=device)

@@ -16,7 +16,7 @@ from bench import record, session
 from bench.rig import Rig
 from bench.scenes import FAMILIES
 from bench.step_cells import Cell, plan, text
-from reflow import config
+from reflow.recipes import reading
 
 GATE = 1e-4
 SHAPES = {"digits": [4, 8, 8], "sd15": [4, 64, 64], "sdxl": [4, 128, 128]}
@@ -133,7 +133,7 @@ def whole_recipe(run: session.Session, rows: dict[tuple[str, int, str], dict[str
     found = {}
     for batch in sorted({batch for _, batch, _ in rows}):
         seconds = {"published": 0.0, "ours": 0.0}
-        for stage in config.load("digits").stages:
+        for stage in reading.load("digits").stages:
             case = f"digits stage: {text(len(stage.edges) - 1, stage.solver_steps)}"
             names = ("published", "solve of a window", "ours, stored pairs")
             each = [rows[case, batch, name]["median_us"] / batch / 1e6 for name in names if (case, batch, name) in rows]

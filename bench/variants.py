@@ -21,8 +21,8 @@ from bench.published import PublishedLoop, Settings, average
 from bench.scenes import Scene
 from reflow.data import sampler
 from reflow.flow import network_time
-from reflow.models.family import Conditioning, denoise
-from reflow.settings import Recipe, Train
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.recipes.settings import Recipe, Train
 from reflow.training import optimizers, stages
 from reflow.training.ema import Ema, decay
 from reflow.training.loop import Loop

@@ -6,9 +6,9 @@ import argparse
 import pathlib
 from typing import Any
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 
 
 def positive(text: str) -> int:
@@ -53,14 +53,14 @@ def open_run(run_dir: str) -> tuple[pathlib.Path, Recipe]:
         raise UserError(
             f"{folder} holds no run of reflow (there is no recipe.toml in it); give the --run-dir of a training run."
         )
-    return folder, config.load(str(folder / "recipe.toml"))
+    return folder, reading.load(str(folder / "recipe.toml"))
 
 
 def student_file(folder: pathlib.Path, recipe: Recipe, stage: int | None) -> pathlib.Path:
     """The weights of a finished stage (counted from 1; None: the last finished one), a whole student's or a LoRA's.
     Raises UserError where there are none.
     """
-    from reflow.lora_files import stage_file
+    from reflow.weights.lora import stage_file
 
     files = [stage_file(folder, i) for i in range(len(recipe.stages))]
     done = [i + 1 for i, f in enumerate(files) if f.is_file()]
@@ -84,7 +84,7 @@ def stage_of(weights: pathlib.Path) -> int:
 
 def reading_of(weights: pathlib.Path, recipe: Recipe) -> dict[str, Any]:
     """windows, prediction_type and network_time of a run's student: what its file says, else what the recipe says."""
-    from reflow.delta import student_settings
+    from reflow.weights.delta import student_settings
     from reflow.flow import Windows
 
     student = recipe.student

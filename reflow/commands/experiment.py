@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reflow import experiments
-from reflow.config import nearest
+from reflow.recipes.reading import nearest
 from reflow.errors import UserError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
 from reflow.errors import UserError
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 
 SUFFIX = ".safetensors"
 DIGITS_DATA = (
@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from reflow.states import refuse_existing
+    from reflow.weights.files import refuse_existing
 
     folder, recipe = open_run(args.run_dir)
     weights = student_file(folder, recipe, args.stage)
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     if args.format != "diffusers":
         refuse_existing(card_file(args.out))
 
-    from reflow.delta import student_metadata, write_delta
+    from reflow.weights.delta import student_metadata, write_delta
     from reflow.export import export_folder, export_single_file, stock_scheduler
-    from reflow.lora_files import export_lora, student_state
-    from reflow.model_spec import other_programs
+    from reflow.weights.lora import export_lora, student_state
+    from reflow.export.spec import other_programs
     from reflow.models import base_path, family
     from reflow.sampling import PiecewiseFlowScheduler
 
@@ -127,7 +127,7 @@ def card_file(out: str | pathlib.Path) -> pathlib.Path:
 def write_card(kind: str, path: pathlib.Path, config: Any, settings: dict[str, Any], card: dict[str, Any]) -> None:
     """Write the card of a file; ``config`` is the base's scheduler config, ``settings`` how the student is read."""
     from reflow.export import stock_scheduler
-    from reflow.model_card import model_card
+    from reflow.export.card import model_card
     from reflow.sampling import PiecewiseFlowScheduler
 
     scheduler = PiecewiseFlowScheduler.for_student(config, **settings)
@@ -146,12 +146,12 @@ def scheduler_line(done: Any) -> str:
 
 
 def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict[str, Any]:
-    """What README.md of an export says of this student, for :func:`reflow.model_card.model_card`.
+    """What README.md of an export says of this student, for :func:`reflow.export.card.model_card`.
 
     Its evaluation is that of <run>/report/report.json, if that measured these very weights.
     """
     import reflow
-    from reflow.config import dump
+    from reflow.recipes.reading import dump
 
     stage = stage_of(weights)
     builtin = recipe.model.base == "builtin"

@@ -54,9 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from reflow import delta
+    from reflow.weights import delta
     from reflow.commands.export import scheduler_line
-    from reflow.states import cast, read_state, refuse_existing
+    from reflow.weights.files import cast, read_state, refuse_existing
 
     refuse_existing(pathlib.Path(args.out))
     if not pathlib.Path(args.delta).exists():

@@ -20,10 +20,10 @@ def arguments(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise UserError("--pairs solves windows of a recipe's stage; write --recipe NAME too.")
-    from reflow import config
+    from reflow.recipes import reading
     from reflow.training import solve_pairs
 
-    recipe = config.load(args.recipe, args.overrides)
+    recipe = reading.load(args.recipe, args.overrides)
     out = pathlib.Path(args.out)
     made = solve_pairs.solve(recipe, args.stage, args.pairs, out, pathlib.Path(args.run_dir) if args.run_dir else None)
     print(f"{made} solved windows of stage {args.stage} of recipe '{recipe.name}' in {out}")

@@ -113,9 +113,9 @@ def find_source(args: argparse.Namespace) -> Source:
     elif args.stage or args.teacher:
         raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
 
-    from reflow.delta import student_settings
+    from reflow.weights.delta import student_settings
     from reflow.models import base_path, family, family_of
-    from reflow.states import weight_files
+    from reflow.weights.files import weight_files
 
     if args.run_dir:
         base = family(recipe.model.family), base_path(recipe.model)
@@ -208,8 +208,8 @@ def check_images(args: argparse.Namespace, student: bool) -> None:
 
 def load(source: Source, device: Any, dtype: str) -> Any:
     """The base with the student's weights in it. Raises UserError where they do not fit."""
-    from reflow.lora_files import student_state
-    from reflow.states import dtype_of
+    from reflow.weights.lora import student_state
+    from reflow.weights.files import dtype_of
 
     base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
     if source.weights is not None:
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from reflow.quiet import quiet_imports
-    from reflow.states import refuse_existing
+    from reflow.weights.files import refuse_existing
 
     out = pathlib.Path(args.out) if args.out else free_name("samples")
     refuse_existing(out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from reflow import config
+from reflow.recipes import reading
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, help=f"a .toml file or one of: {', '.join(config.available())}")
+    parser.add_argument("--recipe", required=True, help=f"a .toml file or one of: {', '.join(reading.available())}")
     parser.add_argument("--run-dir", help="where the run lives; the same command resumes it (default: runs/<recipe>)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key, for example --set stages.0.samples=20000; may be repeated")
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = config.load(args.recipe, args.overrides)
+    recipe = reading.load(args.recipe, args.overrides)
     if args.dry_run:
         from reflow.training import plan
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from reflow.data.shapes import Shaped, grouped
 from reflow.data.shards import Column
 from reflow.errors import UserError
-from reflow.models.family import Base, Conditioning
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
 
 VERSION = 2  # of the code that encodes: raised when the same image would give other numbers
 MANIFEST = "manifest.json"

@@ -12,9 +12,10 @@ import torch
 
 from reflow.data.buckets import Size
 from reflow.data.pictures import fit
-from reflow.data.sources import Source
+from reflow.data.source import Source
 from reflow.errors import UserError
-from reflow.models.family import Base, Conditioning
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
 
 Picture = tuple[np.ndarray, list[int]]  # pixels [c,h,w] uint8, time ids
 

@@ -8,7 +8,8 @@ import torch
 
 from reflow.data.shapes import Group, Shaped
 from reflow.errors import UserError
-from reflow.models.family import Base, Conditioning
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
 
 
 @dataclass

@@ -20,7 +20,7 @@ from reflow.data import buckets, workers
 from reflow.data.cache import MANIFEST, check_base, fingerprint, read_manifest
 from reflow.data.encode import Encoder, cut_captions
 from reflow.data.shards import Skipped, grow, notes_of, vectors, write_json
-from reflow.data.sources import Source
+from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.models.family import Base
 

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from reflow.data import buckets
 from reflow.data.encode import Encoder, Picture
 from reflow.data.shapes import Shaped, grouped
-from reflow.data.sources import Source, open_source
+from reflow.data.source import Source
+from reflow.data.sources import open_source
 from reflow.data.tars import index_folder
 from reflow.errors import UserError
-from reflow.models.family import Base, Conditioning
-from reflow.settings import Data
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
+from reflow.recipes.settings import Data
 
 CAPTIONS = 256  # encoded captions kept; SDXL's take 0.6 MB each
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from reflow.data.sources import Source, stamp
+from reflow.data.source import Source, stamp
 from reflow.errors import UserError
 
 IMAGES, CAPTIONS = ("image", "img", "jpg", "png", "picture"), ("text", "caption", "prompt")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from reflow.data.sources import SUFFIXES, Source, stamp
+from reflow.data.source import SUFFIXES, Source, stamp
 from reflow.errors import UserError
 
 SCHEMA = pyarrow.schema(

@@ -10,7 +10,8 @@ import torch
 from reflow.data import sampler
 from reflow.evaluation.runs import Student
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
-from reflow.models.family import Base, Conditioning, denoise
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.family import Base
 from reflow.sampling import sample, sample_teacher
 
 EVALUATION = 5  # stream of the counter-based generator; reflow.data.sampler has 1 to 4

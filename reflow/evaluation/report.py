@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.evaluation import machine, page, pictures
 from reflow.evaluation.runs import Run
@@ -64,7 +64,7 @@ def make(
     pictures.quality(report, folder / "quality.png")
     pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], folder / "curves.png")
     write_json(report, folder / "report.json")
-    page.write(report, folder, config.dump(run.recipe))
+    page.write(report, folder, reading.dump(run.recipe))
     return report
 
 

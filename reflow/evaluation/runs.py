@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.lora_files import stage_file, student_state
+from reflow.weights.lora import stage_file, student_state
 from reflow.models.family import Base
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def open_run(folder: str | Path) -> Run:
             f"--run-dir {folder} holds no run of reflow (there is no {recipe_file.name} in it); give the folder that "
             "training wrote."
         )
-    recipe = config.load(str(recipe_file))
+    recipe = reading.load(str(recipe_file))
     students = tuple(
         Student(i, Windows(stage.edges), path, recipe.student.prediction_type, recipe.student.network_time)
         for i, stage in enumerate(recipe.stages)

@@ -35,7 +35,8 @@ from reflow.evaluation.methods import (
 )
 from reflow.evaluation.metrics import diversity, paired_error, straightness, window_straightness
 from reflow.evaluation.runs import Run
-from reflow.models.family import Base, Conditioning
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
 from reflow.quiet import quiet_libraries
 
 FLOOR_SPLITS = 20

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.evaluation import machine, pictures, report, table
 from reflow.evaluation.intervals import t_interval
@@ -55,7 +55,7 @@ def run(
     set_: tuple = (),
 ) -> None:
     """Train and evaluate `seeds` training seeds of a recipe under `out`. ranks 0: two on a CPU, else the GPUs."""
-    checked = config.load(recipe, list(set_))
+    checked = reading.load(recipe, list(set_))
     if seeds < 1 or sampling_seeds < 1:
         raise UserError("--seeds and --sampling-seeds must be 1 or more.")
     settings = Settings(samples=samples, seeds=sampling_seeds)
@@ -75,7 +75,7 @@ def run(
         "command": command(),
         "ranks": ranks,
         **result,
-        "resolved_recipe": config.load(str(folders[0] / "recipe.toml")).resolved(),
+        "resolved_recipe": reading.load(str(folders[0] / "recipe.toml")).resolved(),
     }
     report.write_json(result, out / "digits.json")
     pictures.quality(result, out / "digits.png")

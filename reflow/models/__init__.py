@@ -1,6 +1,7 @@
 """Model families: what reflow needs from a diffusers pipeline to train it, and the digits model that it ships."""
 
-from reflow.models.family import Base, Conditioning, Family, denoise
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.family import Base, Family
 from reflow.models.registry import FAMILIES, base_path, family, family_of, register
 
 __all__ = [

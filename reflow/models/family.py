@@ -6,69 +6,17 @@ which pipelines it takes, whether the text is pooled, and which folder is its de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from reflow.errors import UserError
+from reflow.models.conditioning import Conditioning
 
 PARTS = ("unet", "vae", "text")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told besides sample and time; every tensor has one row a sample.
-
-    encoder_hidden_states [B,T,D]; text_embeds [B,P] and time_ids [B,6] for families with `text_time` conditioning,
-    else None.
-    """
-
-    encoder_hidden_states: torch.Tensor
-    text_embeds: torch.Tensor | None = None
-    time_ids: torch.Tensor | None = None
-
-    def _map(self, function: Any, *others: Conditioning) -> Conditioning:
-        values = {}
-        for name in (field.name for field in fields(self)):
-            tensors = [getattr(item, name) for item in (self, *others)]
-            if len({tensor is None for tensor in tensors}) > 1:
-                raise ValueError(f"Conditionings of two families cannot be combined: only one has {name}")
-            values[name] = None if tensors[0] is None else function(*tensors)
-        return Conditioning(**values)
-
-    def __len__(self) -> int:
-        return len(self.encoder_hidden_states)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-
-    def select(self, index: torch.Tensor | slice) -> Conditioning:
-        """Rows by number, boolean mask or slice."""
-        return self._map(lambda tensor: tensor[index])
-
-    def where(self, mask: torch.Tensor, other: Conditioning) -> Conditioning:
-        """Row i of self where mask[i], else row i of other; the mask is boolean [B]."""
-        return self._map(lambda a, b: torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), other)
-
-    def cat(self, other: Conditioning) -> Conditioning:
-        """Rows of self, then rows of other (guidance: null.cat(prompt))."""
-        return self._map(lambda a, b: torch.cat([a, b]), other)
-
-    def expand(self, batch: int) -> Conditioning:
-        """One row repeated to [batch] as a view."""
-        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
-
-
-def denoise(unet: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-    """UNet output [B,C,h,w] for sample [B,C,h,w] at network timesteps [B] (schedule indices, float or integer)."""
-    added = None
-    if conditioning.text_embeds is not None:
-        added = {"text_embeds": conditioning.text_embeds, "time_ids": conditioning.time_ids}
-    return unet(sample, timestep, conditioning.encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
 
 @dataclass
@@ -216,6 +164,7 @@ class Family:
     pooled: bool
     builtin: Path | None = None
     base: type[Base] = Base
+    loader: ClassVar[Callable[..., Base]]  # set where families are registered, so that this file imports no reader
 
     def load(
         self,
@@ -235,7 +184,5 @@ class Family:
         `prediction_type` are for single files: see `reflow.models.single_file.unpack`. UserError names the file at
         fault.
         """
-        from reflow.models.folder import load_base
-
         single = {"tokenizer": tokenizer, "config": config, "prediction_type": prediction_type}
-        return load_base(self, path, device=torch.device(device), dtype=dtype, parts=tuple(parts), single=single)
+        return type(self).loader(self, path, device=torch.device(device), dtype=dtype, parts=tuple(parts), single=single)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ import torch
 
 from reflow.errors import UserError
 from reflow.models.family import PARTS, Base, Family
+from reflow.models.parts import REMEDY, WEIGHTS, read_json
 from reflow.quiet import quiet_imports
 
-REMEDY = "Download or export the folder again, or point the recipe at a complete one."
-WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def load_base(
@@ -124,25 +122,6 @@ def find_folder(path: str | Path, single: Mapping[str, str] | None = None) -> Pa
             f"({textwrap.shorten(reason, 160, placeholder=' ...')}). Write the path of a diffusers folder, or look at "
             "the connection."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a diffusers folder. Raises UserError that says what is wrong with the folder."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if path.name == "model_index.json" and (path.parent / "recipe.toml").is_file():
-            raise UserError(
-                f"{path.parent} is a training run and no diffusers folder. Give it as --run-dir, or export it first."
-            ) from None
-        if path.name == "model_index.json":
-            raise UserError(
-                f"{path.parent} is no diffusers pipeline: it has no model_index.json. "
-                "Write the folder that save_pretrained made."
-            ) from None
-        raise UserError(f"{path} is missing. {REMEDY}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}). {REMEDY}") from error
 
 
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from reflow.errors import UserError
 from reflow.models.digits import BUILTIN
 from reflow.models.family import Family
+from reflow.models.folder import find_folder, load_base, read_index, refuse_options
 
 if TYPE_CHECKING:
-    from reflow.settings import Model
+    from reflow.recipes.settings import Model
 
 FAMILIES: dict[str, Family] = {}
 _OF_FILE: dict[Path, Family] = {}
@@ -26,6 +27,7 @@ def register(new: Family) -> Family:
     return new
 
 
+Family.loader = staticmethod(load_base)
 register(Family("digits", ("StableDiffusionXLPipeline",), pooled=True, builtin=BUILTIN))
 register(Family("sd15", ("StableDiffusionPipeline",), pooled=False))
 register(Family("sdxl", ("StableDiffusionXLPipeline",), pooled=True))
@@ -67,7 +69,6 @@ def base_path(model: Model) -> str | Path:
     file is unpacked into, and any other base as it is written.
     """
     single = {"tokenizer": model.tokenizer, "config": model.config, "prediction_type": model.prediction_type}
-    from reflow.models.folder import find_folder, refuse_options
 
     if model.base == "builtin":
         refuse_options(model.base, single)
@@ -87,8 +88,6 @@ def family_of(
     """
     if str(path) == "builtin":
         return FAMILIES["digits"], BUILTIN
-    from reflow.models.folder import find_folder, read_index
-
     folder = find_folder(path, {"tokenizer": tokenizer, "config": config, "prediction_type": prediction_type})
     kind = read_index(folder).get("_class_name")
     for candidate in FAMILIES.values():

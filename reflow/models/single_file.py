@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from reflow.checkpoint_keys import (
+from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
     SDXL_OPEN_CLIP_PREFIX,
@@ -145,7 +145,7 @@ def prediction_of(state: State, metadata: Mapping[str, str], given: str, file: P
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """model_index ("pipeline"), scheduler and networks' configs of a folder, by part."""
-    from reflow.models.folder import read_json
+    from reflow.models.parts import read_json
 
     index = read_json(folder / "model_index.json")
     configs = {"pipeline": index, "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
@@ -345,7 +345,7 @@ def unpack(path: str | Path, *, tokenizer: str = "", config: str = "", predictio
 
 def _write(folder: Path, file: Path, state: State, metadata: Mapping[str, str], kind: str,
            configs: Mapping[str, Any], tokenizers: list[Path | None]) -> None:  # fmt: skip
-    from reflow.states import WEIGHTS, write_state
+    from reflow.weights.files import WEIGHTS, write_state
 
     parts = networks(configs)
     tensors = convert(state, kind, parts, file)

@@ -14,7 +14,8 @@ from torch import nn
 
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, Windows, WindowSolver
-from reflow.models.family import Base, Conditioning, denoise
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.family import Base
 from reflow.sampling.guidance import Guidance, guidance_scales
 from reflow.sampling.piecewise import PiecewiseFlowScheduler
 from reflow_kernels import cfg_combine

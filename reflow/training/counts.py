@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from reflow.models.family import Conditioning, denoise
+from reflow.models.conditioning import Conditioning, denoise
 from reflow.quiet import quiet_imports
 
 

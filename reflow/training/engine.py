@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
-from reflow.settings import Train
+from reflow.recipes.settings import Train
 from reflow.training import optimizers, shards
 from reflow.training.shards import Piece, Shards
 

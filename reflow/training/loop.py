@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
-from reflow.delta import student_metadata
+from reflow.weights.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
-from reflow.models.family import Base, denoise
-from reflow.settings import Recipe
+from reflow.models.conditioning import denoise
+from reflow.models.family import Base
+from reflow.recipes.settings import Recipe
 from reflow.training import networks, optimizers, stages, targets
 from reflow.training.checkpoint import Checkpoints, save_weights, together
 from reflow.training.ema import Ema, decay

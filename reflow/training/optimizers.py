@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from reflow.errors import UserError
-from reflow.settings import Train
+from reflow.recipes.settings import Train
 
 
 def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
 
@@ -29,7 +29,7 @@ def describe(recipe: Recipe) -> str:
     stages.check_compatible(recipe, base.prediction_type)
     latent = latent_of(recipe, base)
     counts = counts_of(recipe, base, latent)
-    lines = [config.dump(recipe).rstrip(), ""] + ([note] if note else [])
+    lines = [reading.dump(recipe).rstrip(), ""] + ([note] if note else [])
     trained = "" if counts.trained == counts.parameters else f", beside which a LoRA trains {counts.trained:,}"
     lines.append(f"network: {counts.parameters:,} parameters ({recipe.model.family}, {base.prediction_type}){trained}")
     side = " x ".join(str(n * base.vae_scale_factor) for n in latent[1:])

@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.data.cache import CachedDataset
 from reflow.data.latents import LatentDataset, encode_digits
 from reflow.data.shapes import Shaped
@@ -19,7 +19,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 from reflow.training import engine, loop, networks, stages
 from reflow.training.checkpoint import write_atomic
 from reflow_kernels import backend_report
@@ -34,8 +34,8 @@ def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: boo
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir} is not empty and holds no run of reflow; give a new folder.")
         return
-    before = config.load(str(saved))
-    changed = config.changed_keys(before, recipe)
+    before = reading.load(str(saved))
+    changed = reading.changed_keys(before, recipe)
     if changed and not allow_config_change:
         raise UserError(f"--run-dir {run_dir} holds a run of recipe '{before.name}' whose settings differ from the ones given: "
                         f"{'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. Use another --run-dir, the old values, or "
@@ -46,7 +46,7 @@ def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | Str
     if recipe.data.source == "digits":
         return encode_digits(base)
     if recipe.data.source not in ("cache", "stream"):
-        near = config.nearest(recipe.data.source, ["digits", "cache", "stream"])
+        near = reading.nearest(recipe.data.source, ["digits", "cache", "stream"])
         raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', 'cache' with the --out of "
                         f"`reflow prepare` as data.path, or 'stream' with images as data.path.")
     data = CachedDataset(recipe.data.path, base) if recipe.data.source == "cache" else stream(recipe.data, base)
@@ -121,7 +121,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     device, base, data = begin(recipe)
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / "recipe.toml", config.dump(recipe))
+        write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
     dist.barrier()
     wait_until_shared(run_dir)
     start = time.monotonic()

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
-from reflow.lora_files import stage_file, student_state
-from reflow.settings import Recipe
+from reflow.weights.lora import stage_file, student_state
+from reflow.recipes.settings import Recipe
 from reflow.training import networks, pairs, run, stages
 from reflow.training.progress import Progress
 from reflow.training.solves import Solver

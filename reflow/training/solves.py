@@ -10,8 +10,8 @@ import torch
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.flow.captured import CapturedSolve
-from reflow.models.family import Conditioning, denoise
-from reflow.settings import Recipe
+from reflow.models.conditioning import Conditioning, denoise
+from reflow.recipes.settings import Recipe
 from reflow.training import teachers
 from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow

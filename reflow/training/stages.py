@@ -8,7 +8,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
-from reflow.settings import Recipe, Stage
+from reflow.recipes.settings import Recipe, Stage
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
 
-if TYPE_CHECKING:
-    from reflow.training.solves import Solver
+class Solves(Protocol):
+    """What is measured here of a solver of windows: its teacher, where it runs, and window ends by global index."""
+
+    flow: Any
+    teacher: torch.nn.Module
+    device: torch.device
+    captured: Any
+
+    def by_shape(self, indices: list[int]) -> list[list[int]]: ...
+
+    def __call__(self, indices: list[int]) -> Any: ...
+
 
 MEASURED = 2**41  # solves that measure a teacher: far behind any that trains or validates
 
@@ -76,7 +86,7 @@ def quantise(network: torch.nn.Module, device: torch.device) -> str:
     return "weights in float8, computed in bf16, because this device has no float8 arithmetic"
 
 
-def to_fp8(solver: Solver, limit: float) -> dict[str, Any]:
+def to_fp8(solver: Solves, limit: float) -> dict[str, Any]:
     """Quantise a solver's teacher in place and measure what that does to its window velocities.
 
     One window of each kind is solved before and after. With v = (z_end - z_start) / dt, `relative_error` is |v8 - v| / |v| and

@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from reflow.data import sampler
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, WindowSolver, network_time
-from reflow.models.family import Base, denoise
+from reflow.models.conditioning import denoise
+from reflow.models.family import Base
 from reflow.sampling.sampler import Samples, sample, sample_teacher
-from reflow.settings import Recipe
+from reflow.recipes.settings import Recipe
 from reflow.training import targets
 from reflow.training.solves import Solved, Solver
 from reflow.training.stages import StageFlow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.commands import evaluate
 from reflow.errors import UserError
 from reflow.evaluation import machine, methods, report
@@ -33,7 +33,7 @@ def base(device):
 
 def make_run(folder, unets, log=True):
     folder.mkdir(parents=True)
-    (folder / "recipe.toml").write_text(config.dump(config.parse(RECIPE, "test")))
+    (folder / "recipe.toml").write_text(reading.dump(reading.parse(RECIPE, "test")))
     for i, state in enumerate(unets):
         (folder / f"stage-{i}").mkdir()
         save_file(

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reflow.delta import make_delta, merge, student_metadata, student_settings, write_delta
+from reflow.weights.delta import make_delta, merge, student_metadata, student_settings, write_delta
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.states import read_state
+from reflow.weights.files import read_state
 
 
 def state(seed, scale=1.0, dtype=torch.float32):

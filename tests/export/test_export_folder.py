@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
-from reflow.delta import make_delta, merge
+from reflow.weights.delta import make_delta, merge
 from reflow.errors import UserError
 from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
@@ -225,7 +225,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(trained, tmp_path, monk
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("reflow.export.write_state", full_disk)
+    monkeypatch.setattr("reflow.export.folder.write_state", full_disk)
     with pytest.raises(OSError):
         export_folder(base, state, tmp_path / "new", windows=4)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "full"]

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file, save_file
 
-from reflow.delta import make_delta, student_metadata
+from reflow.weights.delta import make_delta, student_metadata
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
-from reflow.states import write_state
+from reflow.weights.files import write_state
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from reflow.checkpoint_keys import (
+from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
     original_clip,

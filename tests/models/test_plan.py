@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.export import export_single_file
 from reflow.models import family, single_file
@@ -42,7 +42,7 @@ samples = 80
 def recipe(tmp_path, family, base, *overrides):
     file = tmp_path / "plan.toml"
     file.write_text(RECIPE.format(family=family, base=base))
-    return config.load(str(file), list(overrides))
+    return reading.load(str(file), list(overrides))
 
 
 def packaged(name):

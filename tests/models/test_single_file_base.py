@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow.checkpoint_keys import (
+from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
     original_clip,
@@ -26,7 +26,7 @@ from reflow.errors import UserError
 from reflow.export import export_folder, export_single_file
 from reflow.flow import Windows
 from reflow.models import base_path, family, family_of, single_file
-from reflow.settings import Model
+from reflow.recipes.settings import Model
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -111,8 +111,8 @@ def test_v_prediction_is_read_from_the_file_or_as_given(made, tmp_path, how, cap
     assert base.scheduler_config.get("rescale_betas_zero_snr", False) == (how == "key")
     assert ("as you wrote" in capsys.readouterr().err) == (how == "over")
     if how == "student":
-        from reflow.delta import student_settings
-        from reflow.states import weight_files
+        from reflow.weights.delta import student_settings
+        from reflow.weights.files import weight_files
 
         assert student_settings(weight_files(base.path / "unet")[0])["windows"] == Windows.uniform(2)
 

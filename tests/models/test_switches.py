@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.models import Conditioning, denoise, switches
 from reflow.models.lora import STUDENT, Adapters, Student, View
 from reflow.models.switches import prepare
-from reflow.settings import Model
+from reflow.recipes.settings import Model
 
 
 def network(kind="sdxl"):
@@ -139,8 +139,8 @@ def test_what_cannot_run_is_refused_with_its_reason(monkeypatch):
 
 def test_compilation_and_partitioned_weights_are_refused_together():
     with pytest.raises(UserError, match="model.compile = true cannot be used with train.zero_stage = 3"):
-        config.load("digits", ["model.compile=true", "train.zero_stage=3"])
-    assert config.load("digits", ["model.compile=true", "train.zero_stage=2"]).model.compile
+        reading.load("digits", ["model.compile=true", "train.zero_stage=3"])
+    assert reading.load("digits", ["model.compile=true", "train.zero_stage=2"]).model.compile
 
 
 def test_the_defaults_touch_nothing():

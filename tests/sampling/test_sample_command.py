@@ -9,14 +9,14 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from reflow.delta import student_metadata
+from reflow.weights.delta import student_metadata
 from reflow.errors import UserError
 from reflow.export import export_folder
 from reflow.flow import Windows
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, sample, sample_teacher
 from reflow.sampling.pictures import from_pil, read_note, to_pil
-from reflow.states import write_state
+from reflow.weights.files import write_state
 
 
 def export(name, place):

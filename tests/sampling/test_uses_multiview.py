@@ -5,7 +5,7 @@ import pytest
 import tiny_pipelines
 import torch
 
-from reflow.delta import make_delta, merge
+from reflow.weights.delta import make_delta, merge
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver, chord_loss
 from reflow.sampling import PiecewiseFlowScheduler

@@ -16,7 +16,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from reflow.delta import make_delta, merge
+from reflow.weights.delta import make_delta, merge
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, guidance_callback, guidance_scales, initial_noise, sample
 

@@ -23,7 +23,7 @@ import tiny
 import watch
 
 from reflow.errors import UserError
-from reflow.lora_files import stage_file
+from reflow.weights.lora import stage_file
 from reflow.training import engine, run
 
 out = pathlib.Path(sys.argv[-1])

@@ -15,12 +15,12 @@ quiet_libraries()
 
 from safetensors.torch import load_file
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.data import sampler
 from reflow.training import run
 
 out = pathlib.Path(sys.argv[1])
-recipe = config.load("digits", ["train.batch_size=16", "train.micro_batch=16", "train.warmup=160", "log.every=80", "validate.every=0", "checkpoint.every=0",
+recipe = reading.load("digits", ["train.batch_size=16", "train.micro_batch=16", "train.warmup=160", "log.every=80", "validate.every=0", "checkpoint.every=0",
                                 "checkpoint.minutes=0", "train.ema_half_life=0", "train.ema_warmup=false"])
 stages = [recipe.stages[0].model_copy(update={"samples": 800, "pairs": 0, "solver_steps": 1})]
 recipe = recipe.model_copy(update={"stages": stages})

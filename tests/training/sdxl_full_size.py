@@ -13,9 +13,10 @@ quiet_libraries()
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.data.latents import LatentDataset
-from reflow.models.family import Base, Conditioning
+from reflow.models.conditioning import Conditioning
+from reflow.models.family import Base
 from reflow.models.registry import FAMILIES
 from reflow.training import engine, loop, plan, stages
 from reflow.training.ema import Ema
@@ -76,7 +77,7 @@ def total(tensors) -> float:
 
 def main(out: pathlib.Path) -> None:
     (out / "recipe.toml").write_text(RECIPE)
-    recipe = config.load(str(out / "recipe.toml"))
+    recipe = reading.load(str(out / "recipe.toml"))
     device = engine.init_distributed()
     torch.manual_seed(0)
     found, _ = plan.find_base(recipe)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 
 
@@ -16,15 +16,15 @@ def recipe_text(extra: str = "", stage: str = "windows = 4\nsolver_steps = 2\nsa
 def load(tmp_path, text, overrides=()):
     path = tmp_path / "r.toml"
     path.write_text(text)
-    return config.load(str(path), list(overrides))
+    return reading.load(str(path), list(overrides))
 
 
-@pytest.mark.parametrize("name", config.available())
+@pytest.mark.parametrize("name", reading.available())
 def test_every_recipe_of_the_package_loads_and_survives_a_round_trip(name, tmp_path):
-    recipe = config.load(name)
+    recipe = reading.load(name)
     path = tmp_path / "again.toml"
-    path.write_text(config.dump(recipe))
-    assert config.load(str(path)) == recipe
+    path.write_text(reading.dump(recipe))
+    assert reading.load(str(path)) == recipe
 
 
 @pytest.mark.parametrize("text, words", [
@@ -53,7 +53,7 @@ def test_a_bad_recipe_is_one_sentence_with_the_key_and_the_remedy(tmp_path, text
 
 def test_a_misspelt_recipe_offers_the_nearest(tmp_path):
     with pytest.raises(UserError, match="digits-quick"):
-        config.load("digit-quick")
+        reading.load("digit-quick")
 
 
 def test_previous_needs_boundaries_of_the_stage_before(tmp_path):
@@ -77,16 +77,16 @@ def test_an_override_without_a_place_is_refused(tmp_path, override):
 def test_changed_keys_are_named_and_free_keys_are_not(tmp_path):
     old = load(tmp_path, recipe_text())
     new = load(tmp_path, recipe_text(), ["train.seed=3", "log.every=5", "validate.every=100", "stages.0.samples=2000"])
-    assert [c.split(":")[0] for c in config.changed_keys(old, new)] == ["stages.0.samples", "train.seed"]
+    assert [c.split(":")[0] for c in reading.changed_keys(old, new)] == ["stages.0.samples", "train.seed"]
 
 
-@pytest.mark.parametrize("name", [n for n in config.available() if n.startswith(("sd15", "sdxl"))])
+@pytest.mark.parametrize("name", [n for n in reading.available() if n.startswith(("sd15", "sdxl"))])
 def test_what_a_recipe_says_of_cards_is_a_recipe(name):
     """Each line of the table at the top, as --set would take it."""
-    text = (pathlib.Path(config.__file__).parent / "recipes" / f"{name}.toml").read_text()
+    text = (pathlib.Path(reading.__file__).parent / f"{name}.toml").read_text()
     rows = re.findall(r"^# +\d+ GB.*/s +(.+)$", text, re.M)
-    known = {key: section for section in ("model", "train") for key in config.load(name).resolved()[section]}
+    known = {key: section for section in ("model", "train") for key in reading.load(name).resolved()[section]}
     assert len(rows) >= 4
     for row in rows:
         pairs = [] if row == "as it is" else [part.split(" = ") for part in row.split(", ")]
-        config.load(name, [f"{known[key]}.{key}={value}" for key, value in pairs])
+        reading.load(name, [f"{known[key]}.{key}={value}" for key, value in pairs])

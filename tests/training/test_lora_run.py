@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
 from reflow.cli import COMMANDS
 from reflow.errors import UserError
 from reflow.evaluation.runs import open_run
-from reflow.models.family import denoise
+from reflow.models.conditioning import denoise
 from reflow.training import engine, loop, run
 
 LORA = ("model.lora_rank=2", "model.lora_alpha=3.0", "teacher.precision=bf16", "validate.every=16", "validate.teacher_steps=2",
@@ -161,8 +161,8 @@ def test_the_lora_file_makes_a_stock_pipeline_draw_what_the_merged_folder_draws(
 
 
 def test_a_whole_student_has_no_lora_file(tmp_path, digits_base):
-    from reflow.lora_files import export_lora
-    from reflow.states import write_state
+    from reflow.weights.lora import export_lora
+    from reflow.weights.files import write_state
 
     path = write_state(digits_base.unet.state_dict(), tmp_path / "whole.safetensors")
     with pytest.raises(UserError, match="is a whole student.*--format delta"):

@@ -11,7 +11,7 @@ import torch
 import watch
 from safetensors.torch import load_file
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.training import loop, run, teachers
 
@@ -156,5 +156,5 @@ def test_paged_optimizers_need_a_gpu(tmp_path, name, device):
 def test_the_layout_may_change_between_two_starts_and_the_algorithm_not(tmp_path):
     old = tiny.recipe(tmp_path)
     free = tiny.recipe(tmp_path, "train.zero_stage=2", "train.offload=true", "train.micro_batch=8", "teacher.offload=true")
-    assert config.changed_keys(old, free) == []
-    assert len(config.changed_keys(old, tiny.recipe(tmp_path, "train.batch_size=32", "teacher.precision=bf16"))) == 2
+    assert reading.changed_keys(old, free) == []
+    assert len(reading.changed_keys(old, tiny.recipe(tmp_path, "train.batch_size=32", "teacher.precision=bf16"))) == 2

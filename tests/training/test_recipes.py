@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.commands import prepare
 from reflow.training import run
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
-RECIPES = [name for name in config.available() if name.startswith(("sd15", "sdxl"))]
+RECIPES = [name for name in reading.available() if name.startswith(("sd15", "sdxl"))]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def bases(tmp_path_factory):
 
 def small(name, bases, *overrides):
     family = name.partition("-")[0]
-    recipe = config.load(name)
+    recipe = reading.load(name)
     sizes = [f"stages.{i}.samples=8" for i in range(len(recipe.stages))]
     sizes += [f"stages.{i}.{key}=6" for i, s in enumerate(recipe.stages) for key in ("pairs",) if s.pairs]
     micro = 2 if recipe.train.micro_batch % 5 else 5
-    return config.load(name, [
+    return reading.load(name, [
         f"model.base={bases / family}", f"data.path={bases / f'{family}-cache'}", "model.compile=false",
         f"train.micro_batch={micro}", f"train.batch_size={2 * micro}", "train.warmup=0", "checkpoint.minutes=0", "log.every=1",
         "validate.every=8", "validate.images=1", "validate.pairs=2", "validate.teacher_steps=2", "validate.prompts=['a']", "validate.steps=[8]",

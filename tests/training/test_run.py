@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.data import latents
 from reflow.errors import UserError
 from reflow.training import ema, engine, loop, optimizers, run
@@ -31,7 +31,7 @@ def test_a_run_leaves_weights_log_pictures_and_its_recipe(tmp_path):
     recipe = tiny.recipe(tmp_path, "validate.every=32", "checkpoint.every=32")
     assert run.train(recipe, tmp_path / "run") == 0
     folder = tmp_path / "run"
-    assert config.load(str(folder / "recipe.toml")) == recipe
+    assert reading.load(str(folder / "recipe.toml")) == recipe
     train = log(folder, "train")
     assert [r["total_samples"] for r in train] == [32, 64, 96, 128] and [r["stage"] for r in train] == [0, 0, 1, 1]
     for record in train:
@@ -277,7 +277,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
         assert process.returncode == loop.LEFT_EARLY and "The same command goes on from there" in out, err
     again = subprocess.run(command(tmp_path, tmp_path / "cut", *longer), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    run.train(config.load(str(tmp_path / "tiny.toml"), list(longer)), tmp_path / "whole")
+    run.train(reading.load(str(tmp_path / "tiny.toml"), list(longer)), tmp_path / "whole")
     for i in (0, 1):
         a, b = (load_file(tmp_path / x / f"stage-{i}" / "unet_ema.safetensors") for x in ("cut", "whole"))
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,6 +1,6 @@
 """A recipe of seconds on the real digits model, shared by the training tests and the worker they launch."""
 
-from reflow import config
+from reflow.recipes import reading
 from reflow.training import run
 
 TINY = """
@@ -42,7 +42,7 @@ def recipe(folder, *overrides):
     path = folder / "tiny.toml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(TINY)
-    return config.load(str(path), list(overrides))
+    return reading.load(str(path), list(overrides))
 
 
 def short(folder, *overrides):

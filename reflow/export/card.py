@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reflow.export.spec import PAGE, other_programs
 from reflow.sampling import PiecewiseFlowScheduler
 
 SECTIONS = ("recipe", "data", "steps", "guidance", "evaluation")
@@ -107,8 +108,6 @@ def _use_file(
     kind: str, card: Mapping[str, Any], name: str, scheduler: PiecewiseFlowScheduler, steps: int, stock: bool
 ) -> list[str]:
     """How a single file, a delta or a LoRA is used; ``name`` is the file's."""
-    from reflow.model_spec import PAGE, other_programs
-
     base = card.get("base", "the base")
     where = "from diffusers import DDIMScheduler" if stock else "from reflow.sampling import PiecewiseFlowScheduler"
     set_scheduler = f"pipe.scheduler = {scheduler_code(scheduler, stock)}"

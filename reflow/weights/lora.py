@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from reflow.errors import UserError
-from reflow.states import State, read_state, write_state
+from reflow.weights.files import State, read_state, write_state
 
 WHOLE_FILE, LORA_FILE = "unet_ema.safetensors", "lora_ema.safetensors"
 PREFIX, A, B = "unet.", ".lora_A.weight", ".lora_B.weight"

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 from reflow.errors import UserError
-from reflow.settings import Recipe, Stage
+from reflow.recipes.settings import Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
 FREE_SECTIONS = ("validate", "checkpoint", "log", "name")

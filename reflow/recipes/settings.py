@@ -1,4 +1,4 @@
-"""The sections of a recipe and their keys, with types, ranges and defaults; `reflow.config` reads and checks them."""
+"""The sections of a recipe and their keys, with types, ranges and defaults; `reflow.recipes.reading` reads and checks them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from reflow.errors import UserError
-from reflow.states import State
+from reflow.weights.files import State
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

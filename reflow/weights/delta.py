@@ -18,7 +18,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.states import State, read_metadata, read_state, weight_files, write_state
+from reflow.weights.files import State, read_metadata, read_state, weight_files, write_state
 
 PUBLISHED = "delta_weights.safetensors"
 

@@ -1,0 +1,77 @@
+"""What every source of captioned images is, and what tars, tables and folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from reflow.data.pictures import stored_size
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Source:
+    """Captioned images by number, in an order that does not change. Subclasses know where they lie.
+
+    place: what the user wrote. default: the caption of images that have none.
+    """
+
+    place: str
+    default: str = ""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def key(self, number: int) -> str:
+        """A name for messages and lists."""
+        raise NotImplementedError
+
+    def words(self, number: int) -> str | None:
+        """The caption as it is stored, None where there is none."""
+        raise NotImplementedError
+
+    def open(self, number: int) -> Image.Image:
+        """The image, opened and not yet decoded. Raises OSError or what else PIL raises."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Changes with the images' names, captions, and the stored bytes as far as size and time tell."""
+        raise NotImplementedError
+
+    def uncaptioned(self) -> tuple[int, int]:
+        """How many images have no caption, and the number of the first of them."""
+        missing = [number for number in range(len(self)) if self.words(number) is None]
+        return len(missing), missing[0] if missing else 0
+
+    def caption(self, number: int) -> str:
+        words = self.words(number)
+        return self.default if words is None else words.strip()
+
+    def image(self, number: int) -> Image.Image:
+        """The decoded image, turned as its EXIF data says. Raises OSError or what else PIL raises."""
+        with self.open(number) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+    def sizes(self, numbers: range) -> np.ndarray:
+        """(height, width) [n, 2] int32 from the images' headers; -1 where one cannot be read."""
+        rows = np.full((len(numbers), 2), -1, np.int32)
+        for row, number in enumerate(numbers):
+            try:
+                with self.open(number) as image:
+                    rows[row] = stored_size(image)
+            except Exception:  # noqa: S110 - decoding it later says what is wrong
+                pass
+        return rows
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """(bytes, nanoseconds of the last change) of a file, (-1, -1) where it is missing: an edit changes it, its "
+    "content is not read."""
+    try:
+        info = file.stat()
+    except OSError:
+        return -1, -1
+    return info.st_size, info.st_mtime_ns

@@ -1,0 +1,171 @@
+"""A student as a diffusers folder that loads anywhere.
+
+The folder carries stock DDIM wherever that samples the student exactly, so that it needs no package of ours; otherwise
+it carries PiecewiseFlowScheduler and says why. It is written under a temporary name and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflow.errors import UserError
+from reflow.export.card import model_card
+from reflow.export.stock import stock_scheduler
+from reflow.export.student import checked_unet, read_json, same_reading
+from reflow.flow import Windows
+from reflow.sampling import PiecewiseFlowScheduler
+from reflow.weights.delta import student_metadata
+from reflow.weights.files import WEIGHTS, State, dtype_of, read_state, refuse_existing, write_state
+
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".pt", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Where a folder was written, whether it samples with stock DDIM, and the reason, a sentence."""
+
+    path: Path
+    stock: bool
+    reason: str
+
+
+def _part_files(folder: Path) -> list[tuple[Path, str]]:
+    """(file, name to give it) of one part: its configs and one set of weights, safetensors and plain names where there
+    is a choice."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    weights = [file for file in files if file.suffix in WEIGHT_SUFFIXES]
+    same_kind: list[Path] = []
+    for suffix in (".safetensors", ".bin"):
+        same_kind = same_kind or [file for file in weights if file.suffix == suffix]
+    by_variant: dict[str, list[Path]] = {}
+    for file in same_kind:  # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+        by_variant.setdefault(file.stem.partition(".")[2].split("-")[0], []).append(file)
+    variant = min(by_variant, key=lambda name: (name != "", name != "fp16", name), default="")
+    chosen = by_variant.get(variant, [])
+    kept = []
+    for file in files:
+        if file in weights and file not in chosen:
+            continue
+        weights_name, is_index, rest = file.name.partition(".index.")
+        if is_index:
+            same_weights = bool(chosen) and Path(weights_name).suffix == chosen[0].suffix
+            if not same_weights or rest != (f"{variant}.json" if variant else "json"):
+                continue
+        # Whole files and indices lose the variant, so that they load without naming it; shards keep the names that the
+        # index knows.
+        name = file.name.replace(f".{variant}.", ".") if variant else file.name
+        kept.append((file, str(file.relative_to(folder).with_name(name))))
+    return kept
+
+
+def _single_precision(config: Path) -> None:
+    """Make transformers load this part in fp32, as diffusers loads the others, unless the caller names a dtype.
+
+    Without the entry it takes the dtype of the stored weights, and halves meet floats in the UNet.
+    """
+    settings = read_json(config)
+    if settings.get("dtype") == "float32":
+        return
+    settings.pop("torch_dtype", None)
+    config.unlink()  # maybe a hard link to the base's own file
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> None:
+    for name, value in list(index.items()):
+        if not isinstance(value, list) or value[0] is None or name in ("unet", "scheduler"):
+            continue
+        if not (base / name).is_dir():
+            if name not in OPTIONAL_PARTS:
+                raise UserError(
+                    f"{base / name} is missing, so {base} is no complete diffusers folder; give a complete one."
+                )
+            index[name] = [None, None]
+            continue
+        for file, target in _part_files(base / name):
+            place = out / name / target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if link:
+                try:
+                    os.link(file.resolve(), place)
+                    continue
+                except OSError:  # another file system
+                    pass
+            shutil.copyfile(file, place)
+        if value[0] != "diffusers" and (out / name / "config.json").is_file():
+            _single_precision(out / name / "config.json")
+
+
+def export_folder(
+    base_path: str | Path,
+    unet_state: str | Path | State,
+    out: str | Path,
+    *,
+    windows: int | Windows,
+    prediction_type: str | None = None,
+    network_time: str = "index",
+    steps: int | None = None,
+    dtype: str | torch.dtype = "fp16",
+    card: Mapping[str, Any] | None = None,
+    link: bool = False,
+) -> Export:
+    """Write a diffusers folder: the student's UNet in ``dtype``, a scheduler, README.md, and every other part of the
+    base.
+
+    ``unet_state`` is a state dict, a .safetensors file or a UNet folder, in diffusers' names. prediction_type None is
+    the base's own; ``steps`` is the number that the model is meant for (None: one a window), which decides with
+    ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data, steps, guidance, evaluation and anything
+    else the README should say. ``link`` makes hard links to the base's files instead of copies, where the file system
+    can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the dtype that from_pretrained is
+    given. Raises UserError if ``out`` is not empty, the base is incomplete or the weights do not fit.
+    """
+    base, out = Path(base_path), Path(out)
+    refuse_existing(out)
+    index = read_json(base / "model_index.json")
+    unet_config = read_json(base / "unet" / "config.json")
+    scheduler = PiecewiseFlowScheduler.for_student(
+        read_json(base / "scheduler" / "scheduler_config.json"),
+        windows,
+        prediction_type=prediction_type,
+        network_time=network_time,
+    )
+    same_reading(unet_state, scheduler)
+    # Fewer steps than windows are refused here, before anything is written.
+    scheduler.set_timesteps(steps or len(scheduler.windows))
+    state = checked_unet(read_state(unet_state), unet_config, dtype_of(dtype))
+    stock, reason = stock_scheduler(scheduler, steps)
+    chosen = stock or scheduler
+    index["scheduler"] = ["diffusers" if stock else type(chosen).__module__, type(chosen).__name__]
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir()
+        _copy_parts(base, index, temporary, link)
+        (temporary / "unet").mkdir()
+        shutil.copyfile(base / "unet" / "config.json", temporary / "unet" / "config.json")
+        # So that `reflow sample` knows a student also where the folder carries stock DDIM.
+        says = student_metadata(scheduler.windows, scheduler.config.prediction_type, scheduler.config.network_time)
+        write_state(state, temporary / "unet" / f"{WEIGHTS}.safetensors", metadata=says)
+        chosen.save_pretrained(temporary / "scheduler")
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(
+            model_card(
+                card or {}, name=out.name, scheduler=scheduler, steps=steps, stock=stock is not None, reason=reason
+            ),
+            encoding="utf-8",
+        )
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".")

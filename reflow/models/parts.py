@@ -1,0 +1,31 @@
+"""Files of a diffusers folder's parts, read with a sentence where one is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reflow.errors import UserError
+
+REMEDY = "Download or export the folder again, or point the recipe at a complete one."
+WEIGHTS = ("diffusion_pytorch_model", "model")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a diffusers folder. Raises UserError that says what is wrong with the folder."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if path.name == "model_index.json" and (path.parent / "recipe.toml").is_file():
+            raise UserError(
+                f"{path.parent} is a training run and no diffusers folder. Give it as --run-dir, or export it first."
+            ) from None
+        if path.name == "model_index.json":
+            raise UserError(
+                f"{path.parent} is no diffusers pipeline: it has no model_index.json. "
+                "Write the folder that save_pretrained made."
+            ) from None
+        raise UserError(f"{path} is missing. {REMEDY}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON ({error}). {REMEDY}") from error
