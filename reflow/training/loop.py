@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 import signal
 import time
@@ -37,16 +38,28 @@ class Leave(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGUSR1, agreed between the ranks over a CPU group so that all of them leave after the same step."""
+    """SIGTERM, SIGUSR1 and a first SIGINT, agreed between the ranks over a CPU group so that all of them leave after the same step."""
 
     def __init__(self, minutes: float) -> None:
         self.asked, self.minutes, self.saved_at = False, minutes, time.monotonic()
         self.group = dist.new_group(backend="gloo")
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._ask)
+        self.before = signal.getsignal(signal.SIGINT)
+        if self.before != signal.SIG_IGN:  # a job in a script's background is not meant by its Ctrl-C
+            signal.signal(signal.SIGINT, self._ask)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            # The system's handler, not Python's: a second Ctrl-C ends a rank that waits in a collective too.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if dist.get_rank() == 0:  # by os.write, since print may be what was interrupted
+                os.write(2, b"\nInterrupted: leaving with a checkpoint after this step; Ctrl-C again leaves at once, without one.\n")
+
+    def end(self) -> None:
+        """The run is over: Ctrl-C is the caller's again."""
+        signal.signal(signal.SIGINT, self.before)
 
     def agree(self) -> tuple[bool, bool]:
         """(leave, a checkpoint is due by the clock): the same answer on every rank."""
@@ -98,6 +111,7 @@ class Loop:
             return LEFT_EARLY
         finally:
             self.log.close()
+            self.signals.end()
         return 0
 
     def steps_of(self, stage: int) -> int:

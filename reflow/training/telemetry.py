@@ -51,7 +51,7 @@ class Clock:
 
 
 class Meter:
-    """Sums over samples, on the device: loss, squared error, its magnitude part and 1 - cosine, per window, and non-finite samples."""
+    """Sums over samples, on the device: loss, squared error, its magnitude part and cosine, per window, and non-finite samples."""
 
     COLUMNS = ("count", "mse", "magnitude", "cosine", "excluded")
 
@@ -78,10 +78,10 @@ class Meter:
         sums, loss, bad = both[:-2].view_as(self.sums).cpu(), both[-2:].cpu(), int(self.bad_step)
         self.sums.zero_(), self.loss.zero_(), self.bad_step.fill_(-1)
         count = sums[:, :1].clamp(min=1)
-        means = sums[:, 1:4] / count
+        means = sums[:, 1:4] / count  # of the cosine too: 1 - it is taken here, in fp64
         return {"loss": float(loss[0] / loss[1].clamp(min=1)),
                 "windows": [{"window": k, "samples": int(sums[k, 0]), "mse": float(means[k, 0]), "magnitude": float(means[k, 1]),
-                             "direction": float(means[k, 0] - means[k, 1]), "one_minus_cosine": float(means[k, 2])}
+                             "direction": float(means[k, 0] - means[k, 1]), "one_minus_cosine": 1.0 - float(means[k, 2])}
                             for k in range(len(sums)) if sums[k, 0] > 0],
                 "excluded": int(sums[:, 4].sum()), "bad_step": bad}
 

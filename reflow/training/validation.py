@@ -112,7 +112,7 @@ class Validation:
                 here = window == k
                 mse, magnitude = float(mses[here].mean()), float(magnitudes[here].mean())
                 records.append({"window": k, "tau": tau, "mse": mse, "magnitude": magnitude, "direction": mse - magnitude,
-                                "one_minus_cosine": float(cosines[here].mean())})
+                                "one_minus_cosine": 1.0 - float(cosines[here].double().mean())})
         return records
 
     def errors(self, unet: torch.nn.Module, solved: Solved, tau: float) -> AlignedVLoss:

@@ -284,6 +284,56 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
     assert [r["loss"] for r in log(tmp_path / "cut", "train")] == [r["loss"] for r in log(tmp_path / "whole", "train")]
 
 
+@pytest.fixture
+def python_handlers():
+    """The handlers that a program starts with, and the old ones back afterwards."""
+    start = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
+    old = {name: signal.signal(name, handler) for name, handler in start.items()}
+    yield
+    for name, handler in old.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_each_signal_asks_once_and_only_a_second_ctrl_c_ends_at_once(python_handlers, capfd, name):
+    engine.init_distributed()
+    signals, number = loop.Signals(0), getattr(signal, name)
+    assert signals.agree() == (False, False)
+    signal.raise_signal(number)
+    assert signals.agree() == (True, False)
+    said = capfd.readouterr().err
+    if name == "SIGINT":
+        assert signal.getsignal(number) == signal.SIG_DFL and said.count("Interrupted") == 1 and len(said.strip().splitlines()) == 1
+    else:
+        assert signal.getsignal(number) == signals._ask and not said
+    signals.end()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it(python_handlers):
+    engine.init_distributed()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals = loop.Signals(0)
+    signal.raise_signal(signal.SIGINT)
+    assert not signals.asked
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_call_goes_on(tmp_path, python_handlers, monkeypatch, capfd):
+    agree, count, recipe = loop.Signals.agree, [0], tiny.recipe(tmp_path, *ONE)
+
+    def interrupted(self):
+        count[0] += 1
+        if count[0] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return agree(self)
+
+    monkeypatch.setattr(loop.Signals, "agree", interrupted)
+    assert run.train(recipe, tmp_path / "run") == loop.LEFT_EARLY
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "stage-0-000000016"
+    assert capfd.readouterr().err.count("Interrupted") == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run.train(recipe, tmp_path / "run") == 0
+
+
 def test_bad_input_at_the_command_line_is_exit_code_2_and_one_line(tmp_path):
     finished = subprocess.run(command(tmp_path, tmp_path / "run", "train.sed=1"), cwd=ROOT, env=outside(), capture_output=True, text=True,
                               timeout=120)

@@ -1,0 +1,80 @@
+"""Every loss field of the log against values computed here in fp64 from the network's output and its target."""
+
+import json
+import types
+
+import pytest
+import torch
+
+from reflow.training import engine, telemetry, validation
+from reflow_kernels import aligned_v_loss
+
+WEIGHT = 0.7
+
+
+def samples(seed, count=6):
+    """(window, output, target) whose directions nearly agree, as in a healthy run: 1 - cosine is about 1e-3, far from the cosine."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(count, 4, 8, 8, generator=generator)
+    return torch.arange(count) % 2, 1.1 * target + 0.05 * torch.randn(target.shape, generator=generator), target
+
+
+def expected(output, target):
+    """Averages over the samples, in fp64 and without any of the package's code."""
+    p, v = (x.double().flatten(1) for x in (output, target))
+    mse, magnitude = (p - v).square().mean(1), (p.norm(dim=1) - v.norm(dim=1)).square() / p.shape[1]
+    turn = 1 - (p * v).sum(1) / (p.norm(dim=1) * v.norm(dim=1))
+    rows = {"mse": mse, "magnitude": magnitude, "direction": mse - magnitude, "one_minus_cosine": turn, "loss": mse + WEIGHT * turn}
+    return {name: pytest.approx(float(row.mean()), rel=1e-3) for name, row in rows.items()}
+
+
+def test_every_logged_loss_field_is_what_its_name_says(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine.init_distributed()
+    meter, batches = telemetry.Meter(3, torch.device("cpu")), [samples(0), samples(1, 4)]
+    for step, (window, output, target) in enumerate(batches):
+        result = aligned_v_loss(output, target, direction_weight=WEIGHT)
+        meter.add(window, result.loss, result.mse, result.magnitude, result.cosine, torch.ones(len(window), dtype=torch.bool), step)
+    log = telemetry.Log(tmp_path, 0)
+    log.write("train", 10, meter.read())
+    log.close()
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    window, output, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert record["loss"] == expected(output, target)["loss"]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [w["window"] for w in record["windows"]] == [0, 1]
+    for found in record["windows"]:
+        k = found["window"]
+        truth = expected(output[window == k], target[window == k])
+        del truth["loss"]
+        assert {name: found[name] for name in truth} == truth and set(found) == {*truth, "window", "samples"}
+        assert {name: board.Scalars(f"train/windows/{k}/{name}")[0].value for name in truth} == truth
+
+
+def test_a_sample_that_does_not_count_is_in_no_field():
+    engine.init_distributed()
+    meter, (window, output, target) = telemetry.Meter(2, torch.device("cpu")), samples(2)
+    good = torch.arange(len(window)) != 3
+    result = aligned_v_loss(torch.where(good.view(-1, 1, 1, 1), output, 0.0), target, direction_weight=WEIGHT)
+    meter.add(window, result.loss, result.mse, result.magnitude, result.cosine, good, 0)
+    for found in meter.read()["windows"]:
+        here = good & (window == found["window"])
+        truth = expected(output[here], target[here])
+        del truth["loss"]
+        assert {name: found[name] for name in truth} == truth and found["samples"] == int(here.sum())
+
+
+def test_every_field_of_the_validation_is_what_its_name_says():
+    parts = [samples(3), samples(4, 4)]
+    solved = [types.SimpleNamespace(window=window, output=output, target=target) for window, output, target in parts]
+    fake = types.SimpleNamespace(flow=types.SimpleNamespace(active=torch.tensor([0, 1])), fixed=solved,
+                                 errors=lambda unet, s, tau: aligned_v_loss((1 + tau) * s.output, s.target, direction_weight=0.0))
+    records = validation.Validation.fixed_losses(fake, None)
+    window, output, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert [(r["tau"], r["window"]) for r in records] == [(tau, k) for tau in validation.TAUS for k in (0, 1)]
+    for found in records:
+        here = window == found["window"]
+        truth = expected((1 + found["tau"]) * output[here], target[here])
+        del truth["loss"]
+        assert {name: found[name] for name in truth} == truth and set(found) == {*truth, "window", "tau"}
