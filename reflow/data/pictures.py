@@ -14,9 +14,11 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if not width or not height:
         raise ValueError(f"it has {width} x {height} pixels")
-    if image.format == "PNG" and "exif" not in image.info:
-        return height, width  # looking further would decode the whole picture
-    return (width, height) if image.getexif().get(ORIENTATION) in TURNED else (height, width)
+    if ORIENTATION in getattr(image, "tag_v2", ()):
+        return height, width  # Pillow gives a TIFF's size as its own tag turns it
+    # A PNG's own getexif() would decode the whole picture where its header has no EXIF data.
+    told = Image.Image.getexif(image).get(ORIENTATION)
+    return (width, height) if told in TURNED else (height, width)
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
