@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112
@@ -21,13 +21,23 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if told in TURNED else (height, width)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The decoded image, turned as its EXIF data says. Raises OSError or what else PIL raises."""
+    if ORIENTATION in getattr(image, "tag_v2", ()):
+        image.filename = ""  # Pillow maps an uncompressed file into memory by its turned size, which mixes its rows up
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
 def plain(image: Image.Image, channels: int) -> Image.Image:
     """The image in mode L (channels 1) or RGB on white. Raises ValueError for a mode without a known range."""
     if image.mode == "F":
         raise ValueError("mode F (floating point) has no known range")
     if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.float64)
+        deep, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
         image = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+        if clear is not None:  # the one level of all 65536 that is transparent
+            image.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
     if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from reflow.data.pictures import stored_size
+from reflow.data.pictures import stored_size, upright
 from reflow.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -59,8 +59,7 @@ class Source:
     def image(self, number: int) -> Image.Image:
         """The decoded image, turned as its EXIF data says. Raises OSError or what else PIL raises."""
         with self.open(number) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+            return upright(image)
 
     def sizes(self, numbers: range) -> np.ndarray:
         """(height, width) [n, 2] int32 from the images' headers; -1 where one cannot be read."""

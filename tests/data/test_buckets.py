@@ -76,7 +76,8 @@ XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.o
 
 def test_the_size_of_a_turned_picture_is_that_of_the_upright_one(tmp_path):
     """The numbers that choose a bucket are read from the header, those of the crop from the picture itself."""
-    stored, turned = Image.new("RGB", (12, 4), "red"), {}
+    stored, turned = Image.new("L", (12, 4), 200), {}
+    stored.paste(0, (0, 0, 6, 4))
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -97,7 +98,11 @@ def test_the_size_of_a_turned_picture_is_that_of_the_upright_one(tmp_path):
     for number, size in enumerate(told):
         name = source.key(number)
         assert (name, size) == (name, [12, 4] if turned[name] else [4, 12])
-        assert (name, source.image(number).size[::-1]) == (name, tuple(size))
+        pixels = np.asarray(source.image(number).convert("L"), int)
+        assert (name, list(pixels.shape)) == (name, size)
+        halves = np.array_split(pixels, 2, axis=int(not turned[name]))
+        assert (name, sorted(round(half.mean(), -1) for half in halves)) == (name, [0, 200])
+        assert (name, max(half.std() for half in halves) < 25) == (name, True)
     assert len(told) == 43
 
 
