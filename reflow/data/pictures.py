@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+
+Image.init()
+# Left out of what Pillow can open: formats of which it reads no pixels, or only by starting another program.
+NO_PIXELS = ("MPEG", "EPS")
+SUFFIXES = tuple(
+    sorted(
+        suffix
+        for suffix, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN
+        and kind not in NO_PIXELS
+        and not (isinstance(Image.OPEN[kind][0], type) and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))
+    )
+)
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112
