@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 Image.init()
 # Left out of what Pillow can open: formats of which it reads no pixels, or only by starting another program.
@@ -17,6 +17,9 @@ SUFFIXES = tuple(
         and not (isinstance(Image.OPEN[kind][0], type) and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))
     )
 )
+# A PNG with a long compressed text (a workflow, say) or colour profile has good pixels. Pillow's own limit for one is
+# 1 MB; it is raised, for the whole process, to what Pillow allows all texts of a file: 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from reflow.data.sources import open_source
 from reflow.errors import UserError
@@ -225,3 +225,16 @@ def test_tars_with_dots_links_and_other_members(tmp_path, capsys):
             "no .tar or .parquet file": (1, "b.tar.gz"),
         }
         assert "a.TAR/1.seg.png left out (a further image of one key)" in capsys.readouterr().err
+
+
+def test_pngs_with_long_texts_or_profiles_are_read(tmp_path):
+    picture, long = Image.new("RGB", (8, 6), "red"), "x" * 3_000_000
+    zipped, international = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    zipped.add_text("workflow", long, zip=True)
+    international.add_itxt("workflow", long, zip=True)
+    picture.save(tmp_path / "a.png", pnginfo=zipped)
+    picture.save(tmp_path / "b.png", pnginfo=international)
+    picture.save(tmp_path / "c.png", icc_profile=b"\0" * 3_000_000)
+    source = open_source(tmp_path, caption="")
+    assert source.sizes(range(3)).tolist() == [[6, 8]] * 3
+    assert all(source.image(n).getpixel((0, 0)) == (255, 0, 0) for n in range(3))
