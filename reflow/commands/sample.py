@@ -184,17 +184,20 @@ def image_size(args: argparse.Namespace, base: Any, picture: Any) -> tuple[int, 
     return args.height or own, args.width or own
 
 
-def open_image(path: str) -> Any:
-    """The picture that --init-image names. Raises UserError where it cannot be read."""
-    from PIL import Image, ImageOps
+def open_image(path: str, channels: int) -> Any:
+    """The picture that --init-image names, upright and in the base's colours. Raises UserError where it cannot be
+    used."""
+    from PIL import Image, UnidentifiedImageError
+
+    from reflow.data.pictures import plain, upright
 
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).copy()
-    except (OSError, ValueError) as error:
+            return plain(upright(picture), channels)
+    except Exception as error:  # PIL's readers raise almost anything on damaged files
+        known = "it is no image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
         raise UserError(
-            f"--init-image {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no image'}); give a "
-            "picture, such as a PNG or JPEG file."
+            f"--init-image {path} cannot be read ({known or error}); give a picture, such as a PNG or JPEG file."
         ) from error
 
 
@@ -272,7 +275,8 @@ def run(args: argparse.Namespace) -> int:
     config = source.family.load(source.folder, parts=())
     scheduler, steps = student_scheduler(source, config.scheduler_config, args.steps)
     check_images(args, scheduler is not None)
-    picture = open_image(args.init_image) if args.init_image else None
+    channels = config.configs["vae"].get("in_channels", 3)
+    picture = open_image(args.init_image, channels) if args.init_image else None
     size, strength = image_size(args, config, picture), 0.5 if args.strength is None else args.strength
     latent_shape(config, size)
     scales = guidance_scales(args.guidance, steps - (first_step(scheduler, strength) if picture else 0))

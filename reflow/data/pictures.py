@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+
+Image.init()
+# Left out of what Pillow can open: formats of which it reads no pixels, or only by starting another program.
+NO_PIXELS = ("MPEG", "EPS")
+SUFFIXES = tuple(
+    sorted(
+        suffix
+        for suffix, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN
+        and kind not in NO_PIXELS
+        and not (isinstance(Image.OPEN[kind][0], type) and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))
+    )
+)
+# A PNG with a long compressed text (a workflow, say) or colour profile has good pixels. Pillow's own limit for one is
+# 1 MB; it is raised, for the whole process, to what Pillow allows all texts of a file: 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112
@@ -14,9 +30,19 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if not width or not height:
         raise ValueError(f"it has {width} x {height} pixels")
-    if image.format == "PNG" and "exif" not in image.info:
-        return height, width  # looking further would decode the whole picture
-    return (width, height) if image.getexif().get(ORIENTATION) in TURNED else (height, width)
+    if ORIENTATION in getattr(image, "tag_v2", ()):
+        return height, width  # Pillow gives a TIFF's size as its own tag turns it
+    # A PNG's own getexif() would decode the whole picture where its header has no EXIF data.
+    told = Image.Image.getexif(image).get(ORIENTATION)
+    return (width, height) if told in TURNED else (height, width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The decoded image, turned as its EXIF data says. Raises OSError or what else PIL raises."""
+    if ORIENTATION in getattr(image, "tag_v2", ()):
+        image.filename = ""  # Pillow maps an uncompressed file into memory by its turned size, which mixes its rows up
+    image.load()
+    return ImageOps.exif_transpose(image)
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
@@ -24,8 +50,10 @@ def plain(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F":
         raise ValueError("mode F (floating point) has no known range")
     if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.float64)
+        deep, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
         image = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+        if clear is not None:  # the one level of all 65536 that is transparent
+            image.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
     if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -5,21 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from reflow.data.pictures import stored_size
+from reflow.data.pictures import stored_size, upright
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+class Left(dict[str, tuple[int, str]]):
+    """What is not taken: for each reason how many and the name of the first."""
+
+    def note(self, name: str, reason: str, count: int = 1) -> None:
+        before, first = self.get(reason, (0, name))
+        self[reason] = before + count, first
+
+    def sentence(self) -> str:
+        """All of it in words, "" where there is nothing."""
+        return "; ".join(
+            f"{count} left out ({reason}), the first is {first}" if count > 1 else f"{first} left out ({reason})"
+            for reason, (count, first) in self.items()
+        )
 
 
 class Source:
     """Captioned images by number, in an order that does not change. Subclasses know where they lie.
 
-    place: what the user wrote. default: the caption of images that have none.
+    place: what the user wrote. default: the caption of images that have none. left: what lies there and is no item.
     """
 
     place: str
     default: str = ""
+
+    def __init__(self) -> None:
+        self.left = Left()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -52,8 +68,7 @@ class Source:
     def image(self, number: int) -> Image.Image:
         """The decoded image, turned as its EXIF data says. Raises OSError or what else PIL raises."""
         with self.open(number) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+            return upright(image)
 
     def sizes(self, numbers: range) -> np.ndarray:
         """(height, width) [n, 2] int32 from the images' headers; -1 where one cannot be read."""
@@ -65,6 +80,17 @@ class Source:
             except Exception:  # noqa: S110 - decoding it later says what is wrong
                 pass
         return rows
+
+
+def why_left(name: str) -> str:
+    """Why a file of this name is no item."""
+    if name.lower().endswith(".txt"):
+        return "a caption without an image"
+    return f"{Path(name).suffix or 'a name without a suffix'} is no image format that is read"
+
+
+def said(left: Left) -> str:
+    return f" {left.sentence()}." if left else ""
 
 
 def stamp(file: Path) -> tuple[int, int]:

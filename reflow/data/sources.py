@@ -5,20 +5,23 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from reflow.data.source import SUFFIXES, Source, stamp
+from reflow.data.pictures import SUFFIXES
+from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.errors import UserError
 
 TABLES = ("metadata.jsonl", "captions.jsonl")
 
 
 class Folder(Source):
-    """Images under a folder, sorted by name.
+    """Images under a folder and the folders linked there, sorted by name.
 
     A caption is the `text` (or `caption`) of the image's line in a metadata.jsonl or captions.jsonl beside it or above
     it, else the .txt file of the same name. Raises UserError for a folder without images or a table that cannot be
@@ -26,26 +29,37 @@ class Folder(Source):
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.place, self.root = str(path), Path(path)
-        files = list(visible(self.root))
-        captions = {f: None for f in files if f.suffix.lower() in SUFFIXES and f.is_file()}
-        for table in sorted(f for f in files if f.name in TABLES):
+        files = list(visible(self.root, self.left))
+        captions = {f: None for f in files if f.suffix.lower() in SUFFIXES}
+        tables = sorted(f for f in files if f.name in TABLES)
+        for table in tables:
             captions |= dict(read_table(table))
+        texts = {f.with_suffix(""): f for f in sorted(files) if f.suffix.lower() == ".txt"}
+        stems = {f.with_suffix("") for f in captions}
+        used = {*captions, *tables, *(f for f in files if f.suffix.lower() == ".txt" and f.with_suffix("") in stems)}
+        for file in sorted(set(files) - used):
+            self.left.note(self._name(file), why_left(file.name))
         if not captions:
             raise UserError(
-                f"There are no images under {self.root}; it takes files that end in {', '.join(SUFFIXES)}, tars or "
-                f"parquet files."
+                f"There are no images under {self.root}; it takes files that Pillow opens, such as .png and .jpg, tars "
+                f"or parquet files.{said(self.left)}"
             )
-        self.files = sorted(captions, key=lambda f: f.relative_to(self.root).as_posix())
+        self.files = sorted(captions, key=self._name)
         self.captions = [
-            captions[f] if captions[f] is not None else read_text(f.with_suffix(".txt")) for f in self.files
+            captions[f] if captions[f] is not None else read_text(texts.get(f.with_suffix(""), f.with_suffix(".txt")))
+            for f in self.files
         ]
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def key(self, number: int) -> str:
-        return self.files[number].relative_to(self.root).as_posix()
+        return self._name(self.files[number])
 
     def words(self, number: int) -> str | None:
         return self.captions[number]
@@ -60,9 +74,40 @@ class Folder(Source):
         return total.hexdigest()
 
 
-def visible(root: Path) -> Iterator[Path]:
-    """What lies under a folder, but for names that begin with a dot."""
-    return (f for f in root.rglob("*") if not any(part.startswith(".") for part in f.relative_to(root).parts))
+def visible(root: Path, left: Left) -> Iterator[Path]:
+    """The files under a folder and the folders that are linked there, but for names that begin with a dot.
+
+    Each folder is read once, by its own name before a link's; what cannot be followed is noted in `left`.
+    """
+    folders, linked, seen = [root], [], set()
+    while folders or linked:
+        folder = folders.pop() if folders else linked.pop(0)
+        name = folder.relative_to(root).as_posix()
+        try:
+            info = folder.stat()
+            if (info.st_dev, info.st_ino) in seen:
+                left.note(name, "its folder is read already")
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            left.note(name, f"a folder that cannot be read: {error.strerror}")
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                path.stat()  # of what a link leads to
+            except OSError as error:
+                left.note(path.relative_to(root).as_posix(), f"it cannot be read: {error.strerror}")
+                continue
+            if path.is_dir():
+                (linked if entry.is_symlink() else folders).append(path)
+            elif path.is_file():
+                yield path
+            else:
+                left.note(path.relative_to(root).as_posix(), "no file")
 
 
 def read_text(path: Path) -> str | None:
@@ -123,6 +168,8 @@ def open_source(
             f"(\"\" for none; data.missing_captions = 'empty' in a recipe that streams)."
         )
     source.default = (caption or "").strip()
+    if source.left:
+        print(f"reflow: of {path}:{said(source.left)}", file=sys.stderr, flush=True)
     return source
 
 
@@ -130,7 +177,7 @@ def _open(path: str, image_column: str, caption_column: str, split: str) -> Sour
     from reflow.data.tables import Rows, from_hub, from_parquet, saved
     from reflow.data.tars import Tars
 
-    place = Path(path).expanduser()
+    place, left = Path(path).expanduser(), Left()
     if any(c in path for c in "*?["):
         files = sorted(Path(f) for f in glob.glob(str(place), recursive=True))
         if not files:
@@ -140,10 +187,14 @@ def _open(path: str, image_column: str, caption_column: str, split: str) -> Sour
     elif place.is_dir():
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             return Rows(saved(place, split), path, image_column, caption_column, files=sorted(place.rglob("*.arrow")))
-        files = sorted(f for f in visible(place) if f.suffix in (".tar", ".parquet"))
+        found = sorted(visible(place, left))
+        files = [f for f in found if f.suffix.lower() in (".tar", ".parquet")]
         if not files:
             return Folder(place)
-        loose = next((f for f in visible(place) if f.suffix.lower() in SUFFIXES), None)
+        loose = next((f for f in found if f.suffix.lower() in SUFFIXES), None)
+        for file in found:
+            if file.suffix.lower() not in (".tar", ".parquet"):
+                left.note(file.relative_to(place).as_posix(), "no .tar or .parquet file")
         if loose is not None:
             raise UserError(
                 f"{path} holds {files[0].name} and loose images such as {loose.name}; give a folder with one kind of "
@@ -156,11 +207,16 @@ def _open(path: str, image_column: str, caption_column: str, split: str) -> Sour
             f"There is nothing at {path}; give a folder of images, tars or parquet files, or a dataset's name on the "
             f"hub."
         )
-    kinds = {f.suffix for f in files}
-    if kinds == {".tar"}:
-        return Tars(files, path, caption_column)
-    if kinds == {".parquet"}:
-        return Rows(from_parquet(files), path, image_column, caption_column)
+    kinds = {f.suffix.lower() for f in files}
+    if kinds in ({".tar"}, {".parquet"}):
+        source = (
+            Tars(files, path, caption_column)
+            if kinds == {".tar"}
+            else Rows(from_parquet(files), path, image_column, caption_column)
+        )
+        for reason, (count, first) in left.items():
+            source.left.note(first, reason, count)
+        return source
     found = ", ".join(sorted({f.suffix or f.name for f in files}))
     raise UserError(
         f"{path} is not one kind of data ({found}); give .tar files or .parquet files (compressed tars cannot be read "

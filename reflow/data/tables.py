@@ -90,6 +90,7 @@ class Rows(Source):
     ) -> None:
         import datasets
 
+        super().__init__()
         self.place, self.stamps = place, [(f.name, *stamp(f)) for f in files]
         kinds = data.features
         images = [n for n, f in kinds.items() if isinstance(f, datasets.Image)] + [n for n in IMAGES if n in kinds]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from reflow.data.source import SUFFIXES, Source, stamp
+from reflow.data.pictures import SUFFIXES
+from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.errors import UserError
 
 SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("offset", pyarrow.int64()), ("size", pyarrow.int64()), ("caption", pyarrow.string())]
 )
 NAMES = ("caption", "text")
+LEFT = b"left"  # an index's note of what is no item
+RULES = 2  # of which members are items; another number makes indices anew
 
 
 def index_folder() -> Path:
@@ -39,16 +43,24 @@ class Tars(Source):
     """
 
     def __init__(self, files: list[Path], place: str, caption_column: str = "") -> None:
+        super().__init__()
         self.place, self.files, self.column = place, files, caption_column
         tables = [self._index(file) for file in files]
         self.ends = np.cumsum([len(t) for t in tables])
-        self.table = pyarrow.concat_tables(tables)
+        for file, table in zip(files, tables, strict=True):
+            for reason, (count, first) in json.loads(table.schema.metadata[LEFT]).items():
+                self.left.note(f"{file.name}/{first}", reason, count)
+        self.table = pyarrow.concat_tables([table.replace_schema_metadata() for table in tables])
         if not len(self.table):
-            raise UserError(f"There are no images in the tars of {place}; their members end in {', '.join(SUFFIXES)}.")
+            raise UserError(
+                f"There are no images in the tars of {place}; members that Pillow opens are taken, such as .png and "
+                f".jpg.{said(self.left)}"
+            )
 
     def _index(self, file: Path) -> pyarrow.Table:
         """The members of one tar, from the index written earlier for this very file, else from the tar."""
-        name = hashlib.sha256(json.dumps([str(file.resolve()), *stamp(file), self.column]).encode()).hexdigest()
+        told = [str(file.resolve()), *stamp(file), self.column, RULES, SUFFIXES]
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         kept = index_folder() / f"tar-{name[:32]}.arrow"
         try:
             with pyarrow.memory_map(str(kept)) as source:
@@ -58,7 +70,7 @@ class Tars(Source):
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
-            with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
+            with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
             os.replace(temporary, kept)
         except OSError:
@@ -95,34 +107,78 @@ class Tars(Source):
 
 
 def read_members(file: Path, caption_column: str) -> pyarrow.Table:
-    """Images of one tar with their captions: a table of SCHEMA. Raises UserError naming the tar."""
-    images: dict[str, tuple[str, int, int]] = {}
-    words: dict[str, dict[str, str]] = {}
-    end = 0
+    """Images of one tar with their captions: a table of SCHEMA, with a Left in its metadata. Raises UserError naming
+    the tar.
+
+    A name's key ends at its first dot, as in webdataset. `22.05.png`, whose rest is no image suffix, is an image of its
+    own with the key `22.05` where that has a caption or where the key `22` has no image; else (`a.seg.png` beside
+    `a.png`) it is left out.
+    """
+    left, images, words, dotted, end = Left(), {}, {}, {}, 0
     try:
         with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
+            members = [member for member in tar if not member.isdir()]
+            end = max((m.offset_data + -(-m.size // 512) * 512 for m in members if m.isfile()), default=0)
+            contents = {posixpath.normpath(m.name): m for m in members if m.isfile()}
+            for member in members:
+                content, (folder, name) = target(member, contents), posixpath.split(member.name)
+                if name.startswith("."):
                     continue
-                end = member.offset_data + -(-member.size // 512) * 512
-                folder, _, name = member.name.rpartition("/")
+                if content is None:
+                    left.note(member.name, "a link out of the tar" if member.islnk() or member.issym() else "no file")
+                    continue
                 stem, dot, kind = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key, (whole, suffix) = posixpath.join(folder, stem), posixpath.splitext(member.name)
+                place = (member.name, content.offset_data, content.size)
                 if dot + kind.lower() in SUFFIXES:
-                    if key in images:
-                        raise UserError(
-                            f"{file} holds two images called {key} ({images[key][0]} and {member.name}); give each a "
-                            f"name of its own."
-                        )
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif kind in ("txt", "json"):
-                    words.setdefault(key, {})[kind] = text_of(tar.extractfile(member).read(), file, member.name)
+                    add(images, key, place, file)
+                elif suffix.lower() in SUFFIXES:
+                    add(dotted, whole, place, file)
+                elif suffix.lower() in (".txt", ".json"):
+                    text = text_of(tar.extractfile(content).read(), file, member.name)
+                    words.setdefault(whole, {})[suffix.lower()[1:]] = text
+                else:
+                    left.note(member.name, why_left(name))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"The tar {file} is cut short or damaged ({error}); copy it again, or take it away.") from error
     if file.stat().st_size < end + 512:  # a whole tar ends in a block of zeros
         raise UserError(f"The tar {file} is cut short: its end is missing; copy it again, or take it away.")
-    rows = [(*place, caption_of(words.get(key, {}), caption_column, file, key)) for key, place in images.items()]
-    return pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
+    for key, place in dotted.items():
+        folder, name = posixpath.split(key)
+        short = posixpath.join(folder, name.partition(".")[0])
+        if key in words or short not in images:
+            images[key] = place
+            if key not in words and short in words:
+                words[key] = words[short]
+        else:
+            left.note(place[0], "a further image of one key")
+    used = {*images, *(posixpath.join(posixpath.dirname(k), posixpath.basename(k).partition(".")[0]) for k in dotted)}
+    for key, kinds in words.items():
+        if key not in used:
+            left.note(f"{key}.{min(kinds)}", why_left(".txt"))
+    ordered = sorted(images.items(), key=lambda item: item[1][1])
+    rows = [(*place, caption_of(words.get(key, {}), caption_column, file, key)) for key, place in ordered]
+    schema = SCHEMA.with_metadata({LEFT: json.dumps(left)})
+    return pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=schema)
+
+
+def target(member: tarfile.TarInfo, contents: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member that holds a member's bytes: of a link what it leads to; None where there is none."""
+    if member.isfile():
+        return member
+    if member.islnk():
+        return contents.get(posixpath.normpath(member.linkname))
+    if member.issym():
+        return contents.get(posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname)))
+    return None
+
+
+def add(images: dict[str, tuple[str, int, int]], key: str, place: tuple[str, int, int], file: Path) -> None:
+    if key in images:
+        raise UserError(
+            f"{file} holds two images called {key} ({images[key][0]} and {place[0]}); give each a name of its own."
+        )
+    images[key] = place
 
 
 def text_of(content: bytes, file: Path, member: str) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
+
+from reflow.data.pictures import fit
 
 KEY = "reflow"
 GRID_SIDE = 4096  # pixels, at most
@@ -24,15 +26,10 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 def from_pil(picture: Image.Image, base: Any, size: tuple[int, int]) -> torch.Tensor:
     """[1,c,H,W] in [-1,1] of a picture scaled to (height, width), its middle cut out, in the base's channels.
 
-    Transparent places become white.
+    It is what training sees of the same picture. Raises ValueError for one that cannot be used.
     """
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("L" if base.configs["vae"].get("in_channels", 3) == 1 else "RGB")
-    picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float().div(127.5).sub(1)
-    return pixels.view(size[0], size[1], -1).permute(2, 0, 1)[None]
+    pixels, _ = fit(picture, size, base.configs["vae"].get("in_channels", 3))
+    return torch.from_numpy(pixels.astype("float32")).div(127.5).sub(1)[None]
 
 
 def write_png(picture: Image.Image, path: pathlib.Path, note: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from reflow.data import buckets, sampler
 from reflow.data.cache import CachedDataset
@@ -68,6 +68,42 @@ def test_the_table_is_sdxls_idea(base):
     for text, words in (("8by8", "WIDTHxHEIGHT"), ("8x9", "multiple of 4")):
         with pytest.raises(UserError, match=words):
             buckets.parse([text], base)
+
+
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+def test_the_size_of_a_turned_picture_is_that_of_the_upright_one(tmp_path):
+    """The numbers that choose a bucket are read from the header, those of the crop from the picture itself."""
+    stored, turned = Image.new("L", (12, 4), 200), {}
+    stored.paste(0, (0, 0, 6, 4))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for kind in ("jpg", "png", "tif", "webp"):
+            name = f"{orientation}.{kind}"
+            stored.save(tmp_path / name, **({"tiffinfo": exif} if kind == "tif" else {"exif": exif}))
+            turned[name] = orientation >= 5
+        stored.save(tmp_path / f"{orientation}-lzw.tif", tiffinfo=exif, compression="tiff_lzw")
+        turned[f"{orientation}-lzw.tif"] = orientation >= 5
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("XML:com.adobe.xmp", XMP)
+    stored.save(tmp_path / "xmp.png", pnginfo=notes)
+    stored.save(tmp_path / "xmp.jpg", xmp=XMP.encode())
+    stored.save(tmp_path / "xmp.tif", tiffinfo={700: XMP.encode()})
+    turned |= {f"xmp.{kind}": True for kind in ("png", "jpg", "tif")}
+    source = open_source(tmp_path, caption="")
+    told = source.sizes(range(len(source))).tolist()
+    for number, size in enumerate(told):
+        name = source.key(number)
+        assert (name, size) == (name, [12, 4] if turned[name] else [4, 12])
+        pixels = np.asarray(source.image(number).convert("L"), int)
+        assert (name, list(pixels.shape)) == (name, size)
+        halves = np.array_split(pixels, 2, axis=int(not turned[name]))
+        assert (name, sorted(round(half.mean(), -1) for half in halves)) == (name, [0, 200])
+        assert (name, max(half.std() for half in halves) < 25) == (name, True)
+    assert len(told) == 43
 
 
 def test_blocks_hold_one_group_and_an_epoch_holds_every_item():

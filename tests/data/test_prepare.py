@@ -114,6 +114,12 @@ def test_modes_sizes_and_crops():
         )
     deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     assert (fit(deep, (8, 8), 1)[0] == 255).all() and (fit(Image.new("1", (8, 8), 1), (8, 8), 3)[0] == 255).all()
+    half = np.full((8, 8), 65535, np.uint16)
+    half[:, :4] = 1000
+    deep = Image.fromarray(half // 2)
+    deep.info["transparency"] = 500  # as PNG's tRNS tells one level of 16-bit grey
+    for channels in (1, 3):
+        assert (fit(deep, (8, 8), channels)[0][:, 0] == [255] * 4 + [127] * 4).all()
     for wrong in (Image.new("F", (8, 8)), Image.new("RGB", (0, 8))):
         with pytest.raises(ValueError):
             fit(wrong, (8, 8), 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from reflow.data.sources import open_source
 from reflow.errors import UserError
@@ -148,3 +148,93 @@ def test_an_edited_source_has_another_digest(tmp_path):
     assert before == open_source(first).digest() != open_source(first, caption_column="caption", caption="").digest()
     tar(first, {"7.png": png(0), "7.txt": b"y"})
     assert open_source(first).digest() != before and open_source(first).caption(0) == "y"
+
+
+def test_every_kind_of_picture_that_pillow_reads_is_taken_and_the_rest_is_counted(tmp_path, capsys):
+    picture = Image.new("RGB", (8, 6), "red")
+    for name, kind in (("a.PNG", "PNG"), ("b.avif", "AVIF"), ("c.jfif", "JPEG"), ("d.jpe", "JPEG"), ("e.v1.JP2", None)):
+        picture.save(tmp_path / name, format=kind or "JPEG2000")
+        (tmp_path / name).with_suffix(".TXT").write_text(name)
+    for name in ("f.jxl", "g.heic", "h.h5", "alone.txt", "notes"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    source = open_source(tmp_path)
+    assert [source.caption(n) for n in range(len(source))] == ["a.PNG", "b.avif", "c.jfif", "d.jpe", "e.v1.JP2"]
+    assert source.sizes(range(5)).tolist() == [[6, 8]] * 5 and all(source.image(n).size == (8, 6) for n in range(5))
+    assert source.left == {
+        "it cannot be read: No such file or directory": (1, "gone.png"),
+        "a caption without an image": (1, "alone.txt"),
+        ".jxl is no image format that is read": (1, "f.jxl"),
+        ".heic is no image format that is read": (1, "g.heic"),
+        ".h5 is no image format that is read": (1, "h.h5"),
+        "a name without a suffix is no image format that is read": (1, "notes"),
+    }
+    assert "f.jxl left out (.jxl is no image format that is read)" in capsys.readouterr().err
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    for place in ("data/real", "other/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.png").write_bytes(png(1))
+        (tmp_path / place / "1.txt").write_text(place)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "other")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "real")
+    (tmp_path / "other" / "loop").symlink_to(tmp_path / "data")
+    source = open_source(tmp_path / "data")
+    assert [(source.key(n), source.caption(n)) for n in range(len(source))] == [
+        ("a/deep/1.png", "other/deep"),
+        ("real/1.png", "data/real"),
+    ]
+    assert source.left == {"its folder is read already": (2, "again")}
+
+
+def test_tars_with_dots_links_and_other_members(tmp_path, capsys):
+    members = {"1.png": png(0), "1.txt": b"one", "22.05.png": png(1), "22.05.TXT": b"two", "x.y/22.06.png": png(2)}
+    members |= {"x.y/22.06.txt": b"three", "1.seg.png": png(3), "1.cls": b"7", "lost.txt": b"x", "._1.png": b"0"}
+    members |= {"5.avif": png(4), "5.txt": b"five", "6.image.png": png(5), "6.json": b'{"caption": "six"}'}
+    file = tar(tmp_path / "t" / "a.TAR", members)
+    with tarfile.open(file, "a") as out:
+        for name, kind, where in (
+            ("8.png", tarfile.LNKTYPE, "1.png"),
+            ("8.txt", tarfile.LNKTYPE, "22.05.TXT"),
+            ("x.y/9.png", tarfile.SYMTYPE, "../5.avif"),
+            ("x.y/9.txt", tarfile.SYMTYPE, "22.06.txt"),
+            ("10.png", tarfile.LNKTYPE, "none.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, where
+            out.addfile(info)
+    (tmp_path / "t" / "b.tar.gz").write_bytes(b"")
+    for _ in range(2):  # read, and then from the index
+        source = open_source(tmp_path / "t")
+        found = {source.key(n): (source.caption(n), source.image(n).size[0] - 4) for n in range(len(source))}
+        assert found == {
+            "a.TAR/1.png": ("one", 0),
+            "a.TAR/22.05.png": ("two", 1),
+            "a.TAR/x.y/22.06.png": ("three", 2),
+            "a.TAR/5.avif": ("five", 4),
+            "a.TAR/6.image.png": ("six", 5),
+            "a.TAR/8.png": ("two", 0),
+            "a.TAR/x.y/9.png": ("three", 4),
+        }
+        assert source.left == {
+            ".cls is no image format that is read": (1, "a.TAR/1.cls"),
+            "a link out of the tar": (1, "a.TAR/10.png"),
+            "a further image of one key": (1, "a.TAR/1.seg.png"),
+            "a caption without an image": (1, "a.TAR/lost.txt"),
+            "no .tar or .parquet file": (1, "b.tar.gz"),
+        }
+        assert "a.TAR/1.seg.png left out (a further image of one key)" in capsys.readouterr().err
+
+
+def test_pngs_with_long_texts_or_profiles_are_read(tmp_path):
+    picture, long = Image.new("RGB", (8, 6), "red"), "x" * 3_000_000
+    zipped, international = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    zipped.add_text("workflow", long, zip=True)
+    international.add_itxt("workflow", long, zip=True)
+    picture.save(tmp_path / "a.png", pnginfo=zipped)
+    picture.save(tmp_path / "b.png", pnginfo=international)
+    picture.save(tmp_path / "c.png", icc_profile=b"\0" * 3_000_000)
+    source = open_source(tmp_path, caption="")
+    assert source.sizes(range(3)).tolist() == [[6, 8]] * 3
+    assert all(source.image(n).getpixel((0, 0)) == (255, 0, 0) for n in range(3))

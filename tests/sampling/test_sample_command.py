@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from reflow.weights.delta import student_metadata
+from reflow.commands.sample import open_image
+from reflow.data.pictures import fit, upright
 from reflow.errors import UserError
 from reflow.export import export_folder
 from reflow.flow import Windows
+from reflow.weights.delta import student_metadata
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, sample, sample_teacher
 from reflow.sampling.pictures import from_pil, read_note, to_pil
@@ -127,12 +130,31 @@ def test_starting_from_an_image_equals_diffusers(reflow, exported, here):
     assert read_note("samples/00000.png")["strength"] == 0.5
 
 
+def test_a_start_image_is_read_as_training_reads_it(here):
+    """16-bit grey keeps its levels and its transparent one, and a turned picture is upright."""
+    deep = np.full((8, 12), 40000, np.uint16)
+    deep[:, :4], deep[0] = 1000, 65535
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(deep).save("deep.png", exif=exif)
+    Image.fromarray(deep).save("deep.tif", tiffinfo={0x0112: 6})
+    base = types.SimpleNamespace(configs={"vae": {"in_channels": 3}})
+    for name in ("deep.png", "deep.tif"):
+        picture = open_image(name, 3)
+        assert picture.size == (8, 12) and sorted({c for _, c in picture.getcolors()})[0] == (4, 4, 4)
+        with Image.open(name) as stored:
+            pixels, _ = fit(upright(stored), (8, 8), 3)
+        want = torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
+        torch.testing.assert_close(from_pil(picture, base, (8, 8))[0], want)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (("--strength", "0.5"), "--strength belongs to --init-image"),
         (("--init-image", "none.png"), "--init-image none.png cannot be read .No such file"),
         (("--init-image", "text.png"), "--init-image text.png cannot be read .it is no image"),
+        (("--init-image", "float.tif"), "--init-image float.tif cannot be read .mode F"),
         (("--init-image", "dot.png", "--strength", "0.2"), "Use a strength of at least 0.25"),
         (("--init-image", "dot.png", "--strength", "1.5"), "strength is 1.5; write a number above 0"),
         (("--init-image", "dot.png", "--guidance", "3,2,1"), "names 3 values for 2 steps"),
@@ -142,6 +164,7 @@ def test_starting_from_an_image_equals_diffusers(reflow, exported, here):
 def test_mistakes_leave_nothing_behind(reflow, one, here, options, words):
     folder, _ = one
     Image.new("P", (1, 1)).save("dot.png")
+    Image.new("F", (8, 8)).save("float.tif")
     (here / "text.png").write_text("no picture")
     before = sorted(here.rglob("*"))
     with pytest.raises(UserError, match=words):
