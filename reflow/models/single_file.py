@@ -35,17 +35,14 @@ from reflow.quiet import quiet_imports
 SUFFIXES = (".safetensors", ".ckpt")
 CONFIGS = Path(__file__).parent / "configs"
 VERSION = 1  # of what is written: raised when the same file would be unpacked otherwise
-# What files say of themselves: ModelSpec has "v" and "epsilon", students of reflow their parameterisation.
+# What files say of themselves, in lower case: ModelSpec has "v" and "epsilon", and tools write other names for the two;
+# students of reflow have their parameterisation.
 PREDICTIONS = {
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-    "v-prediction": "v_prediction",
-    "ddim_eps": "epsilon",
-    "diff_eps": "epsilon",
-    "ddim_v": "v_prediction",
+    **dict.fromkeys(("epsilon", "eps", "ddim_eps", "diff_eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "v-pred", "vpred", "ddim_v"), "v_prediction"),
 }
+# Keys of a network trained on EDM's noise levels (Playground 2.5, CosXL), which neither epsilon nor v can be read as.
+EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 STUDENT_KEYS = ("windows", "prediction_type", "network_time")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 State = Mapping[str, torch.Tensor]
@@ -128,16 +125,27 @@ def kind_of(state: State, file: Path) -> str:
 
 def prediction_of(state: State, metadata: Mapping[str, str], given: str, file: Path) -> str | None:
     """prediction_type of a checkpoint: as given, else as the file says of itself (its `v_pred` key, ModelSpec or
-    reflow's own metadata), else None."""
+    reflow's own metadata), else None. Raises UserError for an EDM model, whatever is given, and for a name that is not
+    known unless one is given."""
     if given and given not in ("epsilon", "v_prediction"):
         raise UserError(f"The base's prediction type {given!r} is not known; write 'epsilon' or 'v_prediction'.")
-    said = None
-    if "v_pred" in state:
-        said = "v_prediction"
-    elif all(key in metadata for key in STUDENT_KEYS):
-        said = PREDICTIONS.get(metadata["prediction_type"])
-    elif "modelspec.prediction_type" in metadata:
-        said = PREDICTIONS.get(metadata["modelspec.prediction_type"].lower())
+    edm = [key for key in EDM_KEYS if key in state]
+    if edm:
+        raise UserError(
+            f"{file} is an EDM model (it holds {edm[0]}), as Playground 2.5 and CosXL are, whose noise schedule is no "
+            "discrete VP schedule, so it cannot be trained or sampled here; give a checkpoint of SD1.5 or SDXL that "
+            "predicts epsilon or v."
+        )
+    student = all(key in metadata for key in STUDENT_KEYS)
+    key = "prediction_type" if student else "modelspec.prediction_type"
+    name = metadata.get(key, "").strip().lower()
+    said = "v_prediction" if "v_pred" in state else PREDICTIONS.get(name)
+    # A velocity student has no parameterisation of a base: its config's stays.
+    if name and not (said or given or (student and name == "velocity")):
+        raise UserError(
+            f"{file} says {metadata[key]!r} as its {key}, which is not known here; if it predicts noise or v, write "
+            "'epsilon' or 'v_prediction' as model.prediction_type."
+        )
     if given and said and given != said:
         print(f"{file} says that it predicts {said!r}; it is read as {given!r}, as you wrote.", file=sys.stderr)
     return given or said

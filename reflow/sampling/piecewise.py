@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
 from reflow.errors import UserError
 from reflow.flow.chord import PREDICTION_TYPES, ChordTable
-from reflow.flow.schedule import DiscreteVP, network_time
+from reflow.flow.schedule import DiscreteVP, betas_from_config, network_time
 from reflow.flow.windows import Windows
 
 NETWORK_TIMES = ("index", "perflow")
@@ -103,6 +104,11 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(
             prediction_type=prediction_type, num_time_windows=len(self.windows), t_noise=t_noise, t_clean=t_clean
         )
+        # fp32 [num_train_timesteps] on the CPU, as in diffusers' schedulers: code that is written for those reads them.
+        self.betas = betas_from_config(self.config)
+        if rescale_betas_zero_snr:
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        self.alphas = 1.0 - self.betas
         self.alphas_cumprod = schedule.alphas_cumprod.to(torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None

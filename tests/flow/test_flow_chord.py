@@ -250,3 +250,6 @@ def test_table_moves_and_refuses(sd, device):
         ChordTable(sd, Windows.uniform(2), "epsilon")
     with pytest.raises(ValueError, match="same noise level"):
         ChordTable(VE(sigma_max=2.0), Windows((1.0, 0.9, 0.5)), "velocity")
+    # Narrow is not flat: one step of the training grid is a window, though its ends' noise differs by .001 only.
+    narrow = ChordTable(sd, Windows((1.0, 0.501, 0.5)), "ddim_eps")
+    assert 1e-4 < float(narrow.sigma_start[1] - narrow.sigma_end[1]) < 5e-3

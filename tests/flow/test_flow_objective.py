@@ -293,3 +293,31 @@ def test_schedule_points_at_zero_snr_and_for_chord_only_students(sd, zero_snr, r
     for kind in ("velocity", "diff_eps"):
         with pytest.raises(ValueError, match='"ddim_eps" or "ddim_v"'):
             schedule_end_coefficients(ChordTable(sd, Windows.uniform(4), kind, device=device), window, t)
+
+
+@pytest.mark.parametrize("loss, norm", [("mse", "element"), ("pseudo_huber", "element"), ("pseudo_huber", "sample")])
+def test_schedule_loss_multiplies_every_samples_part_by_its_weight(sd, loss, norm, random, device, dtype, close):
+    table = ChordTable(sd, Windows.uniform(4), "ddim_eps", device=device, dtype=dtype)
+    window = torch.arange(4, device=device)
+    t = table.time(window, torch.full((4,), 0.25, device=device, dtype=dtype))
+    z_t, output, z_end = random(4, 8, seed=1), random(4, 8, seed=2), random(4, 8, seed=3)
+    p, q = (value.double()[:, None] for value in schedule_end_coefficients(table, window, t))
+    d = p * z_t.double() + q * output.double() - z_end.double()
+    rows = {
+        ("mse", "element"): d.square().mean(1),
+        ("pseudo_huber", "element"): (torch.sqrt(d**2 + 0.01) - 0.1).mean(1),
+        ("pseudo_huber", "sample"): (torch.sqrt(d.square().sum(1) + 0.64) - 0.8) / 8,
+    }[loss, norm]
+    a, b, c, e = rows
+    options = {"kind": loss, "huber_c": 0.1, "huber_norm": norm}
+    weight = torch.tensor([0.25, 3.0, 1.0, 0.0], device=device, dtype=dtype)
+    leaf = output.clone().requires_grad_()
+    got = schedule_loss(leaf, z_end, z_t, table, window, t, weight=weight, **options)
+    close(got.loss.detach(), (a / 4 + 3 * b + c) / 4)
+    close(schedule_loss(output, z_end, z_t, table, window, t, **options).loss, (a + b + c + e) / 4)
+    close(got.mse, d.square().mean(1))  # of z_end, without any weight
+    # the gradient of each sample carries its weight too
+    got.loss.backward()
+    plain = output.clone().requires_grad_()
+    schedule_loss(plain, z_end, z_t, table, window, t, **options).loss.backward()
+    close(leaf.grad, weight.double()[:, None] * plain.grad.double())

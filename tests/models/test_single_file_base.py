@@ -117,6 +117,48 @@ def test_v_prediction_is_read_from_the_file_or_as_given(made, tmp_path, how, cap
         assert student_settings(weight_files(base.path / "unet")[0])["windows"] == Windows.uniform(2)
 
 
+@pytest.mark.parametrize("keys", [("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")])
+@pytest.mark.parametrize("more", [{}, {"v_pred": torch.zeros(0)}])
+def test_edm_models_are_refused_whatever_else_is_said(made, tmp_path, cache, keys, more):
+    name, _, folder, file = made
+    for left in (keys, keys[:1], keys[1:]):
+        extra = {key: torch.ones(1) for key in left}
+        other = changed(file, tmp_path / "e.safetensors", {"modelspec.prediction_type": "v"}, **extra, **more)
+        for given in ("", "v_prediction"):
+            with pytest.raises(UserError, match=rf"e\.safetensors is an EDM model \(it holds {left[0]}\)") as caught:
+                family(name).load(other, tokenizer=str(folder), config=str(folder), prediction_type=given)
+            assert "\n" not in str(caught.value) and ". " not in str(caught.value)
+    assert not list((cache / "single-file").glob("*"))
+
+
+@pytest.mark.parametrize("said", ["v", "v_prediction", "v-prediction", "v_pred", "v-pred", "vpred", "epsilon", "eps"])
+def test_every_known_name_of_a_prediction_is_read_in_any_case(said):
+    want = "epsilon" if said.startswith("e") else "v_prediction"
+    for written in (said, said.upper(), said.title(), f" {said} "):
+        metadata = {"modelspec.prediction_type": written}
+        assert single_file.prediction_of({}, metadata, "", Path("x")) == want
+
+
+def test_an_unknown_prediction_is_refused_by_its_name(made, tmp_path, cache, capsys):
+    name, _, folder, file = made
+    options = {"tokenizer": str(folder), "config": str(folder)}
+    student = {"windows": json.dumps([1.0, 0.5, 0.0]), "network_time": "index"}
+    for said in ("Sample", "flow", "epsilon_v", "velocity"):
+        other = changed(file, tmp_path / "u.safetensors", {"modelspec.prediction_type": said})
+        with pytest.raises(UserError, match=f"'{said}' as its modelspec.prediction_type, which is not known") as caught:
+            family(name).load(other, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="'x0' as its prediction_type, which is not known"):
+        single_file.prediction_of({}, {**student, "prediction_type": "x0"}, "", file)
+    assert not list((cache / "single-file").glob("*"))
+    # What decides without it: the user, the v_pred key, silence; a velocity student keeps its config's.
+    metadata = {"modelspec.prediction_type": "flow"}
+    assert single_file.prediction_of({}, metadata, "epsilon", file) == "epsilon"
+    assert single_file.prediction_of({"v_pred": torch.zeros(0)}, metadata, "", file) == "v_prediction"
+    for silent in ({}, {"modelspec.prediction_type": ""}, {**student, "prediction_type": "velocity"}):
+        assert single_file.prediction_of({}, silent, "", file) is None
+
+
 def test_the_second_tokenizer_of_sdxl_follows_from_the_first(made, tmp_path):
     name, _, folder, file = made
     if name == "sdxl":

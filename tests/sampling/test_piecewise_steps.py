@@ -245,3 +245,24 @@ def test_zero_terminal_snr_works_for_v():
     scheduler.set_timesteps(2)
     out = rollout(scheduler, [torch.randn(1, 4, 4, 4)] * 2, torch.randn(1, 4, 4, 4))
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta_schedule": "linear", "num_train_timesteps": 500},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.3], "num_train_timesteps": 6},
+    ],
+    ids=["scaled_linear", "linear", "cosine", "trained"],
+)
+def test_betas_and_alphas_are_those_of_ddim(changes, zero_snr):
+    stock = tiny_pipelines.ddim("v_prediction", rescale_betas_zero_snr=zero_snr, **changes)
+    ours = PiecewiseFlowScheduler.from_config(stock.config, num_time_windows=2)
+    for name in ("betas", "alphas", "alphas_cumprod"):
+        got, want = getattr(ours, name), getattr(stock, name)
+        assert got.dtype == torch.float32 and got.shape == (stock.config.num_train_timesteps,)
+        assert torch.equal(got, want), name
+    assert (float(ours.alphas_cumprod[-1]) == 0.0) == zero_snr
