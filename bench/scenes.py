@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from reflow.recipes import reading
 from reflow.data.latents import LatentDataset
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
+from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 
 FAMILIES = ("sdxl", "sd15", "digits")

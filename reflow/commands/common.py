@@ -6,8 +6,8 @@ import argparse
 import pathlib
 from typing import Any
 
-from reflow.recipes import reading
 from reflow.errors import UserError
+from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 
 
@@ -84,8 +84,8 @@ def stage_of(weights: pathlib.Path) -> int:
 
 def reading_of(weights: pathlib.Path, recipe: Recipe) -> dict[str, Any]:
     """windows, prediction_type and network_time of a run's student: what its file says, else what the recipe says."""
-    from reflow.weights.delta import student_settings
     from reflow.flow import Windows
+    from reflow.weights.delta import student_settings
 
     student = recipe.student
     return student_settings(weights) or {

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from reflow import experiments
-from reflow.recipes.reading import nearest
 from reflow.errors import UserError
+from reflow.recipes.reading import nearest
 
 
 @dataclass(frozen=True)

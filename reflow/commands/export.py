@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     if args.format != "diffusers":
         refuse_existing(card_file(args.out))
 
-    from reflow.weights.delta import student_metadata, write_delta
     from reflow.export import export_folder, export_single_file, stock_scheduler
-    from reflow.weights.lora import export_lora, student_state
     from reflow.export.spec import other_programs
     from reflow.models import base_path, family
     from reflow.sampling import PiecewiseFlowScheduler
+    from reflow.weights.delta import student_metadata, write_delta
+    from reflow.weights.lora import export_lora, student_state
 
     settings, stage = reading_of(weights, recipe), stage_of(weights)
     says = student_metadata(

@@ -54,8 +54,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from reflow.weights import delta
     from reflow.commands.export import scheduler_line
+    from reflow.weights import delta
     from reflow.weights.files import cast, read_state, refuse_existing
 
     refuse_existing(pathlib.Path(args.out))

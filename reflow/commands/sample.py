@@ -113,8 +113,8 @@ def find_source(args: argparse.Namespace) -> Source:
     elif args.stage or args.teacher:
         raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
 
-    from reflow.weights.delta import student_settings
     from reflow.models import base_path, family, family_of
+    from reflow.weights.delta import student_settings
     from reflow.weights.files import weight_files
 
     if args.run_dir:
@@ -211,8 +211,8 @@ def check_images(args: argparse.Namespace, student: bool) -> None:
 
 def load(source: Source, device: Any, dtype: str) -> Any:
     """The base with the student's weights in it. Raises UserError where they do not fit."""
-    from reflow.weights.lora import student_state
     from reflow.weights.files import dtype_of
+    from reflow.weights.lora import student_state
 
     base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
     if source.weights is not None:

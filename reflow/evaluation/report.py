@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.evaluation import machine, page, pictures
 from reflow.evaluation.runs import Run
 from reflow.evaluation.suite import Settings, Suite
 from reflow.models import registry
+from reflow.recipes import reading
 
 FORMAT = 1  # of report.json; raise it when its keys change
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.weights.lora import stage_file, student_state
 from reflow.models.family import Base
+from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
+from reflow.weights.lora import stage_file, student_state
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.evaluation import machine, pictures, report, table
 from reflow.evaluation.intervals import t_interval
 from reflow.evaluation.runs import open_run
 from reflow.evaluation.suite import Settings
+from reflow.recipes import reading
 
 NAME = "digits"
 # What a prototype in pixel space reached with another classifier: compare ratios to its teacher's 32 steps.

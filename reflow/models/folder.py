@@ -16,7 +16,6 @@ from reflow.models.parts import REMEDY, WEIGHTS, read_json
 from reflow.quiet import quiet_imports
 
 
-
 def load_base(
     family: Family,
     path: str | Path,

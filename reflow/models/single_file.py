@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from reflow.errors import UserError
+from reflow.quiet import quiet_imports
 from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
@@ -29,8 +31,6 @@ from reflow.weights.original_names import (
     unet_names,
     vae_names,
 )
-from reflow.errors import UserError
-from reflow.quiet import quiet_imports
 
 SUFFIXES = (".safetensors", ".ckpt")
 CONFIGS = Path(__file__).parent / "configs"

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
-from reflow.weights.delta import student_metadata
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.conditioning import denoise
@@ -29,6 +28,7 @@ from reflow.training.progress import Progress
 from reflow.training.solves import Solved, Solver
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
+from reflow.weights.delta import student_metadata
 
 LEFT_EARLY = 75  # EX_TEMPFAIL: the same command goes on
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from reflow.errors import UserError
-from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
 from reflow.models.family import Base
 from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, View
 from reflow.models.switches import prepare
 from reflow.recipes.settings import Recipe
+from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
 
 
 def solver_dtype(recipe: Recipe) -> torch.dtype:

@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
-from reflow.weights.lora import stage_file, student_state
 from reflow.recipes.settings import Recipe
 from reflow.training import networks, pairs, run, stages
 from reflow.training.progress import Progress
 from reflow.training.solves import Solver
+from reflow.weights.lora import stage_file, student_state
 
 
 def solve(recipe: Recipe, stage: int, count: int, out: pathlib.Path, run_dir: pathlib.Path | None = None) -> int:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 
+
 class Solves(Protocol):
     """What is measured here of a solver of windows: its teacher, where it runs, and window ends by global index."""
 

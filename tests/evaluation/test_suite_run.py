@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reflow.recipes import reading
 from reflow.commands import evaluate
 from reflow.errors import UserError
 from reflow.evaluation import machine, methods, report
@@ -16,6 +15,7 @@ from reflow.evaluation import suite as suite_module
 from reflow.evaluation.runs import open_run
 from reflow.evaluation.suite import Settings, Suite
 from reflow.models import registry
+from reflow.recipes import reading
 
 RECIPE = {
     "name": "by-hand",

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reflow.weights.delta import make_delta, merge, student_metadata, student_settings, write_delta
 from reflow.errors import UserError
 from reflow.flow import Windows
+from reflow.weights.delta import make_delta, merge, student_metadata, student_settings, write_delta
 from reflow.weights.files import read_state
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-from reflow.weights.delta import merge, student_metadata, student_settings, write_delta
 from reflow.errors import UserError
 from reflow.export import export_folder, export_single_file
 from reflow.flow import Windows
 from reflow.models import family
 from reflow.models.digits import BUILTIN
 from reflow.sampling import initial_noise, sample
+from reflow.weights.delta import merge, student_metadata, student_settings, write_delta
 from reflow.weights.files import read_state
 
 

@@ -12,12 +12,12 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 
-from reflow.weights.delta import student_metadata, student_settings
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.models import family, family_of
 from reflow.sampling import PiecewiseFlowScheduler, sample
 from reflow.sampling.pictures import to_pil
+from reflow.weights.delta import student_metadata, student_settings
 from reflow.weights.files import write_state
 
 RECIPE = """

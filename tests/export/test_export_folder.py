@@ -14,11 +14,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
-from reflow.weights.delta import make_delta, merge
 from reflow.errors import UserError
 from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
+from reflow.weights.delta import make_delta, merge
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from reflow.errors import UserError
-from reflow.weights.lora import adapter_state, export_lora, is_lora, lora_state, merge_lora, student_state
 from reflow.weights.files import write_state
+from reflow.weights.lora import adapter_state, export_lora, is_lora, lora_state, merge_lora, student_state
 
 ENDS = ("attn1.to_q", "attn2.to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut")
 

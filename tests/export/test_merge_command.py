@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file, save_file
 
-from reflow.weights.delta import make_delta, student_metadata
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
+from reflow.weights.delta import make_delta, student_metadata
 from reflow.weights.files import write_state
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

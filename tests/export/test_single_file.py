@@ -8,6 +8,8 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from reflow.errors import UserError
+from reflow.export import export_single_file, single_file_state
 from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
@@ -16,8 +18,6 @@ from reflow.weights.original_names import (
     original_unet,
     original_vae,
 )
-from reflow.errors import UserError
-from reflow.export import export_single_file, single_file_state
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

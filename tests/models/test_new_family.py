@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 import tiny_pipelines
 
 from reflow import models
-from reflow.recipes import reading
 from reflow.data.latents import LatentDataset
 from reflow.errors import UserError
 from reflow.models import registry
+from reflow.recipes import reading
 from reflow.training import run
 
 PAGE = Path(models.__file__).parent / "README.md"

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.export import export_single_file
 from reflow.models import family, single_file
 from reflow.models.lora import Adapters, Student
+from reflow.recipes import reading
 from reflow.training import plan
 from reflow.training.counts import Attention, count
 from reflow.training.ema import Ema

@@ -14,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
+from reflow.errors import UserError
+from reflow.export import export_folder, export_single_file
+from reflow.flow import Windows
+from reflow.models import base_path, family, family_of, single_file
+from reflow.recipes.settings import Model
 from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
@@ -22,11 +27,6 @@ from reflow.weights.original_names import (
     original_unet,
     original_vae,
 )
-from reflow.errors import UserError
-from reflow.export import export_folder, export_single_file
-from reflow.flow import Windows
-from reflow.models import base_path, family, family_of, single_file
-from reflow.recipes.settings import Model
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
 
-from reflow.recipes import reading
 from reflow.errors import UserError
 from reflow.models import Conditioning, denoise, switches
 from reflow.models.lora import STUDENT, Adapters, Student, View
 from reflow.models.switches import prepare
+from reflow.recipes import reading
 from reflow.recipes.settings import Model
 
 

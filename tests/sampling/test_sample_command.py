@@ -15,10 +15,10 @@ from reflow.data.pictures import fit, upright
 from reflow.errors import UserError
 from reflow.export import export_folder
 from reflow.flow import Windows
-from reflow.weights.delta import student_metadata
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, sample, sample_teacher
 from reflow.sampling.pictures import from_pil, read_note, to_pil
+from reflow.weights.delta import student_metadata
 from reflow.weights.files import write_state
 
 

@@ -16,9 +16,9 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from reflow.weights.delta import make_delta, merge
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, guidance_callback, guidance_scales, initial_noise, sample
+from reflow.weights.delta import make_delta, merge
 
 IMG2IMG = {"sd15": StableDiffusionImg2ImgPipeline, "sdxl": StableDiffusionXLImg2ImgPipeline}
 INPAINT = {"sd15": StableDiffusionInpaintPipeline, "sdxl": StableDiffusionXLInpaintPipeline}

@@ -23,8 +23,8 @@ import tiny
 import watch
 
 from reflow.errors import UserError
-from reflow.weights.lora import stage_file
 from reflow.training import engine, run
+from reflow.weights.lora import stage_file
 
 out = pathlib.Path(sys.argv[-1])
 TIMES = ("seconds", "samples_per_second", "peak_memory", "elapsed")

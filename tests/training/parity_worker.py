@@ -15,8 +15,8 @@ quiet_libraries()
 
 from safetensors.torch import load_file
 
-from reflow.recipes import reading
 from reflow.data import sampler
+from reflow.recipes import reading
 from reflow.training import run
 
 out = pathlib.Path(sys.argv[1])

@@ -13,11 +13,11 @@ quiet_libraries()
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from reflow.recipes import reading
 from reflow.data.latents import LatentDataset
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
 from reflow.models.registry import FAMILIES
+from reflow.recipes import reading
 from reflow.training import engine, loop, plan, stages
 from reflow.training.ema import Ema
 from reflow.training.solves import Solver

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from reflow.recipes import reading
 from reflow.errors import UserError
+from reflow.recipes import reading
 
 
 def recipe_text(extra: str = "", stage: str = "windows = 4\nsolver_steps = 2\nsamples = 1000") -> str:

@@ -161,8 +161,8 @@ def test_the_lora_file_makes_a_stock_pipeline_draw_what_the_merged_folder_draws(
 
 
 def test_a_whole_student_has_no_lora_file(tmp_path, digits_base):
-    from reflow.weights.lora import export_lora
     from reflow.weights.files import write_state
+    from reflow.weights.lora import export_lora
 
     path = write_state(digits_base.unet.state_dict(), tmp_path / "whole.safetensors")
     with pytest.raises(UserError, match="is a whole student.*--format delta"):

@@ -11,8 +11,8 @@ import torch
 import watch
 from safetensors.torch import load_file
 
-from reflow.recipes import reading
 from reflow.errors import UserError
+from reflow.recipes import reading
 from reflow.training import loop, run, teachers
 
 SMALL = ("log.every=16",)

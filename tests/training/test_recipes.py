@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reflow.recipes import reading
 from reflow.commands import prepare
+from reflow.recipes import reading
 from reflow.training import run
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))

@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
+from reflow_kernels import aligned_v_loss
 
 from reflow.training import engine, telemetry, validation
-from reflow_kernels import aligned_v_loss
 
 WEIGHT = 0.7
 
