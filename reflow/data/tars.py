@@ -121,17 +121,17 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
             end = max((m.offset_data + -(-m.size // 512) * 512 for m in members if m.isfile()), default=0)
             contents = {posixpath.normpath(m.name): m for m in members if m.isfile()}
             for member in members:
-                content, (folder, name) = target(member, contents), posixpath.split(member.name)
+                content, name = target(member, contents), posixpath.basename(member.name)
                 if name.startswith("."):
                     continue
                 if content is None:
                     left.note(member.name, "a link out of the tar" if member.islnk() or member.issym() else "no file")
                     continue
-                stem, dot, kind = name.partition(".")
-                key, (whole, suffix) = posixpath.join(folder, stem), posixpath.splitext(member.name)
+                _, dot, kind = name.partition(".")
+                whole, suffix = posixpath.splitext(member.name)
                 place = (member.name, content.offset_data, content.size)
                 if dot + kind.lower() in SUFFIXES:
-                    add(images, key, place, file)
+                    add(images, key_of(member.name), place, file)
                 elif suffix.lower() in SUFFIXES:
                     add(dotted, whole, place, file)
                 elif suffix.lower() in (".txt", ".json"):
@@ -144,15 +144,14 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
     if file.stat().st_size < end + 512:  # a whole tar ends in a block of zeros
         raise UserError(f"The tar {file} is cut short: its end is missing; copy it again, or take it away.")
     for key, place in dotted.items():
-        folder, name = posixpath.split(key)
-        short = posixpath.join(folder, name.partition(".")[0])
+        short = key_of(key)
         if key in words or short not in images:
             images[key] = place
             if key not in words and short in words:
                 words[key] = words[short]
         else:
             left.note(place[0], "a further image of one key")
-    used = {*images, *(posixpath.join(posixpath.dirname(k), posixpath.basename(k).partition(".")[0]) for k in dotted)}
+    used = {*images, *map(key_of, dotted)}
     for key, kinds in words.items():
         if key not in used:
             left.note(f"{key}.{min(kinds)}", why_left(".txt"))
@@ -160,6 +159,12 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
     rows = [(*place, caption_of(words.get(key, {}), caption_column, file, key)) for key, place in ordered]
     schema = SCHEMA.with_metadata({LEFT: json.dumps(left)})
     return pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=schema)
+
+
+def key_of(path: str) -> str:
+    """A member's key as webdataset takes it: its path up to the first dot of its name."""
+    folder, name = posixpath.split(path)
+    return posixpath.join(folder, name.partition(".")[0])
 
 
 def target(member: tarfile.TarInfo, contents: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reflow.export.spec import PAGE, other_programs
+from reflow.export.stock import BETA_KEYS, STOCK_TYPES
 from reflow.sampling import PiecewiseFlowScheduler
 
 SECTIONS = ("recipe", "data", "steps", "guidance", "evaluation")
@@ -53,7 +54,6 @@ def _guidance_argument(card: Mapping[str, Any]) -> str:
     return f", guidance_scale={value:g}" if isinstance(value, (int, float)) else ""
 
 
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 DDIM = 'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"'
 IMPORTED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -62,10 +62,9 @@ def scheduler_code(scheduler: PiecewiseFlowScheduler, stock: bool) -> str:
     """A Python expression that makes the student's scheduler for any pipeline of its base: stock DDIM where that is
     exact (``stock``, for one step a window), else ours."""
     config = scheduler.config
-    betas = ", ".join(f"{key}={config[key]!r}" for key in BETAS if config[key] not in (None, False))
+    betas = ", ".join(f"{key}={config[key]!r}" for key in BETA_KEYS if config[key] not in (None, False))
     if stock:
-        kind = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}[config.prediction_type]
-        return f'DDIMScheduler({betas}, prediction_type="{kind}", {DDIM})'
+        return f'DDIMScheduler({betas}, prediction_type="{STOCK_TYPES[config.prediction_type]}", {DDIM})'
     boundaries = tuple(scheduler.windows.boundaries)
     return (
         f"PiecewiseFlowScheduler({betas}, window_boundaries={boundaries}, "

@@ -91,6 +91,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, argv, words):
     assert done.stderr.startswith(f"reflow: {words}") and done.stderr.count("\n") == 1
 
 
+def test_training_starts_by_module_as_the_launcher_starts_it(tmp_path):
+    # What `deepspeed --module` adds comes first; there is no scripts/ folder beside an installed wheel.
+    done = fresh("-m", "reflow.training", "--local_rank=0", "--recipe", "digts", cwd=tmp_path)
+    assert done.returncode == 2 and "There is no recipe called 'digts'" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_no_arguments_show_the_help():
     done = fresh("-m", "reflow")
     assert done.returncode == 2 and "reflow sample --run-dir runs/first" in done.stderr
