@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ DRIFT = 0.03  # clocks of the peers of a cell may differ by this much
 ATTEMPTS = 3
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H200
 UNROLL = 32  # calls in a warm graph
+SLOW_S = 10.0  # what takes longer than this says how long, so that a long cell is not silent
 Call = Callable[[], Any]
 
 
@@ -122,12 +124,14 @@ def compare(
         return {name: Times(None, note="skipped: CUDA graphs need a GPU") for name in peers}
     calls: dict[str, tuple[Call, int, int]] = {}  # call, how many times a round, op calls in one of them
     for name, call in peers.items():
+        started = time.monotonic()
         try:
             calls[name] = _prepared(call, stopwatch, graph, cold, count, target_us)
         except Exception as error:  # noqa: BLE001 - the other peers are still measured
             stopwatch.wait()
             text = str(error).strip().split("\n")[0]
             result[name] = Times(None, note=f"skipped: {text if isinstance(error, _Skip) else repr(error)}"[:300])
+        _told(f"{name} is ready", started)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
     for attempt in range(1, ATTEMPTS + 1):
         samples, speeds = _rounds(calls, stopwatch, rounds, cold, deadline)
@@ -219,6 +223,7 @@ def _rounds(calls, stopwatch: Stopwatch, rounds: int, cold: bool, deadline: floa
     for number in range(rounds):
         if number >= 2 and number % 2 == 0 and time.monotonic() > deadline:
             break
+        started = time.monotonic()
         names = list(calls) if number % 2 == 0 else list(reversed(calls))
         for name in names:
             call, count, unroll = calls[name]
@@ -226,7 +231,15 @@ def _rounds(calls, stopwatch: Stopwatch, rounds: int, cold: bool, deadline: floa
             samples[name].append(microseconds / unroll)
             if clock is not None:
                 speeds[name].append(clock)
+        _told(f"round {number + 1} of at most {rounds} is done", started)
     return samples, speeds
+
+
+def _told(what: str, started: float) -> None:
+    """Say on stderr how long something took, where it was long."""
+    seconds = time.monotonic() - started
+    if seconds > SLOW_S:
+        print(f"  {what} after {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _drift(speeds: Mapping[str, list[float]]) -> float:

@@ -34,7 +34,7 @@ def _shrink(peak, ACC: tl.constexpr):
 def _slope(pv, vv, ACC: tl.constexpr):
     """k = v^.v / |v|^2, 0 where |v|^2 is too small to divide by."""
     usable = vv > (1e-30 if ACC == tl.float32 else 1e-280)
-    return tl.where(usable, pv / tl.where(usable, vv, 1.0), 0.0)
+    return tl.where(usable, divide(pv, tl.where(usable, vv, 1.0), ACC), 0.0)  # rounded: 1 exactly where v^ = v
 
 
 @triton.jit

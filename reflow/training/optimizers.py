@@ -15,8 +15,10 @@ def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim
     """The recipe's optimizer over the trainable parameters. Raises UserError where bitsandbytes or a GPU is missing."""
     settings = dict(lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, weight_decay=train.weight_decay)
     if train.optimizer == "adamw":
-        # On the CPU torch's fused form is vectorised and threaded; it needs no compiler, as DeepSpeed's own would.
-        return torch.optim.AdamW(parameters, fused=True if train.offload else None, **settings)
+        # Torch's fused form: one pass over the states on a GPU; vectorised and threaded on a CPU, without a compiler.
+        parameters = list(parameters)
+        fused = train.offload or any(p.device.type == "cuda" for p in parameters)
+        return torch.optim.AdamW(parameters, fused=fused or None, **settings)
     try:
         import bitsandbytes as bnb
     except ImportError as error:

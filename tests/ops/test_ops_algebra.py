@@ -105,8 +105,10 @@ def test_permuting_the_batch_permutes_the_result(case, device, backend):
     weights = case.values(device)
     plain = aligned_v_loss(output, target, direction_weight=weights, backend=backend)
     moved = aligned_v_loss(output[order], target[order], direction_weight=weights[order], backend=backend)
+    # PyTorch's own reductions on a GPU may take a row in another order at another place; the kernels never do.
+    same = torch.allclose if backend == "torch" and device.type == "cuda" else torch.equal
     for name in ("mse", "magnitude", "cosine"):
-        assert torch.equal(getattr(plain, name)[order], getattr(moved, name))
+        assert same(getattr(plain, name)[order], getattr(moved, name))
     assert torch.allclose(plain.loss, moved.loss, rtol=1e-6)
     step = guided_step(output, target, weights, -weights, backend=backend)
     step_moved = guided_step(output[order], target[order], weights[order], -weights[order], backend=backend)
