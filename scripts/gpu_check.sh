@@ -38,8 +38,8 @@ unset TRITON_INTERPRET REFLOW_KERNELS_BACKEND
 command_of() {
   local seconds=${share[$1]}
   if [ "$1" = tests ]; then
-    # What only a GPU can tell first, then the rest as far as the time goes.
-    command=(timeout --signal=INT --kill-after=10 "$seconds" env REFLOW_TEST_DEVICE=cuda bash scripts/test.sh tests/ops tests/flow tests)
+    # tests/conftest.py puts what only a GPU can tell first, then the rest as far as the time goes.
+    command=(timeout --signal=INT --kill-after=10 "$seconds" env REFLOW_TEST_DEVICE=cuda bash scripts/test.sh tests)
   else
     command=(timeout --signal=INT --kill-after=10 "$seconds" "$REFLOW_PYTHON" -m bench "$1" --device cuda --budget "$((seconds > 60 ? seconds - 30 : seconds - 10))" --out "$out")
   fi
@@ -79,15 +79,26 @@ PYTHON
   exit 2
 fi
 
+# What training, the tests and the benchmarks import, with what those packages import without listing it.
+packages="diffusers transformers peft datasets pydantic deepspeed bitsandbytes safetensors tensorboard torchmetrics matplotlib sklearn tqdm PIL
+numpy pytest hypothesis msgpack einops pyarrow pandas xxhash dill multiprocess hjson psutil"
+missing() {
+  "$REFLOW_PYTHON" - $packages <<'PYTHON'
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+PYTHON
+}
 wheels="${REFLOW_WHEELS:-$root/.whl}"
-if ! "$REFLOW_PYTHON" -c 'import diffusers, pydantic' 2>/dev/null; then
-  if ! compgen -G "$wheels/*.whl" >/dev/null; then
-    echo "gpu_check: diffusers or pydantic cannot be imported and $wheels holds no wheels; install them or set REFLOW_WHEELS." >&2
-    exit 2
-  fi
+lacks="$(missing)"
+if [ -n "$lacks" ] && compgen -G "$wheels/*.whl" >/dev/null; then
   site="${TMPDIR:-/tmp}/reflow-site"
   "$REFLOW_PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$wheels"/*.whl
   export PYTHONPATH="$site:$PYTHONPATH"
+  lacks="$(missing)"
+fi
+if [ -n "$lacks" ]; then
+  echo "gpu_check: cannot be imported here: $lacks. Install them, or put their wheels into $wheels (REFLOW_WHEELS names another folder)." >&2
+  exit 2
 fi
 
 out="${OUT:-bench/results/$("$REFLOW_PYTHON" -c 'from bench import record; print(record.machine_name("cuda"))')}"

@@ -14,9 +14,13 @@ if [ "${1:-}" = "--all" ]; then
   shift
   which=()
 fi
-# Two workers on two cores; a file stays with one worker, so what its tests share is made once.
+# Two workers on two cores; a file stays with one worker, so what its tests share is made once. A GPU serves up to eight.
 workers=()
-if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null && [ "$REFLOW_TEST_DEVICE" = cpu ]; then
+if "$REFLOW_PYTHON" -c 'import xdist' 2>/dev/null; then
   workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+  if [ "$REFLOW_TEST_DEVICE" = cuda ]; then
+    cores="$(OMP_NUM_THREADS='' nproc)"
+    workers=(-n "$((cores < 8 ? cores : 8))")
+  fi
 fi
 exec "$REFLOW_PYTHON" -m pytest "${which[@]}" "${workers[@]}" "$@"

@@ -70,8 +70,8 @@ def test_the_family_of_the_page_trains_a_step(tmp_path, forgotten, monkeypatch):
     def data(recipe, base):
         seen.append(type(base).__name__)
         g = torch.Generator().manual_seed(0)
-        return LatentDataset(torch.randn(4, 4, 8, 8, generator=g), torch.zeros(4, dtype=torch.long), base.encode_prompts(["a cat"]),
-                             base.null_conditioning())  # fmt: skip
+        return LatentDataset(torch.randn(4, 4, 8, 8, generator=g), torch.zeros(4, dtype=torch.long),
+                             *(rows.to("cpu", torch.float32) for rows in (base.encode_prompts(["a cat"]), base.null_conditioning())))  # fmt: skip
 
     monkeypatch.setattr(run, "load_data", data)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(file=file, base=tmp_path / "base"))

@@ -31,11 +31,12 @@ def expected(output, target):
 def test_every_logged_loss_field_is_what_its_name_says(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    engine.init_distributed()
-    meter, batches = telemetry.Meter(3, torch.device("cpu")), [samples(0), samples(1, 4)]
-    for step, (window, output, target) in enumerate(batches):
+    device = engine.init_distributed()
+    meter, batches = telemetry.Meter(3, device), [samples(0), samples(1, 4)]
+    for step, batch in enumerate(batches):
+        window, output, target = (x.to(device) for x in batch)
         result = aligned_v_loss(output, target, direction_weight=WEIGHT)
-        meter.add(window, result.loss, result.mse, result.magnitude, result.cosine, torch.ones(len(window), dtype=torch.bool), step)
+        meter.add(window, result.loss, result.mse, result.magnitude, result.cosine, torch.ones_like(window, dtype=torch.bool), step)
     log = telemetry.Log(tmp_path, 0)
     log.write("train", 10, meter.read())
     log.close()
@@ -53,9 +54,9 @@ def test_every_logged_loss_field_is_what_its_name_says(tmp_path):
 
 
 def test_a_sample_that_does_not_count_is_in_no_field():
-    engine.init_distributed()
-    meter, (window, output, target) = telemetry.Meter(2, torch.device("cpu")), samples(2)
-    good = torch.arange(len(window)) != 3
+    device = engine.init_distributed()
+    meter, (window, output, target) = telemetry.Meter(2, device), (x.to(device) for x in samples(2))
+    good = torch.arange(len(window), device=device) != 3
     result = aligned_v_loss(torch.where(good.view(-1, 1, 1, 1), output, 0.0), target, direction_weight=WEIGHT)
     meter.add(window, result.loss, result.mse, result.magnitude, result.cosine, good, 0)
     for found in meter.read()["windows"]:
