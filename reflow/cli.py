@@ -6,13 +6,17 @@ Nothing heavy is imported here, so that help is quick; a command's module is imp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
 import sys
+import tempfile
 import time
+import traceback
 
 import reflow
+from reflow import outputs
 from reflow.errors import UserError
 from reflow.quiet import quiet_libraries
 
@@ -41,7 +45,9 @@ A first run, on real handwritten digits (minutes on a CPU):
 def main(argv: list[str] | None = None) -> None:
     """Entry of the `reflow` command and of scripts/train.py. Ends the process."""
     quiet_libraries()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or bool(os.environ.get("REFLOW_DEBUG"))
+    argv = [word for word in argv if word != "--debug"]
     asked = command_of(argv)
     parser = build_parser(asked)
     if asked is not None and asked not in COMMANDS:
@@ -54,11 +60,58 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         code = importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except UserError as error:
-        code = fail(str(error))
+    except Exception as error:  # noqa: BLE001 - every error ends here as a sentence
+        code = told(error, debug)
     except KeyboardInterrupt:
+        module = sys.modules.get(COMMANDS[args.command][0])
+        print(f"\nreflow: interrupted; {getattr(module, 'INTERRUPTED', 'nothing more is written')}.", file=sys.stderr)
         code = 130
     leave(code)
+
+
+def told(error: Exception, debug: bool) -> int:
+    """The exit code of an error that has been said: 2 for a user's mistake, 1 for the machine's and for our own."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        return fail(str(error))
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed has no reader
+        return 141
+    system = outputs.of_the_system(error)
+    if system is not None and not isinstance(error, ImportError):
+        return say(outputs.sentence(system), 1)
+    if type(error).__name__ == "OutOfMemoryError":
+        return say(
+            f"the GPU's memory is used up ({str(error).splitlines()[0].strip()}). Train with a smaller train.micro_batch or "
+            "model.gradient_checkpointing = true (`reflow train --dry-run` says what fits); sample with a smaller --batch-size.",
+            1,
+        )
+    return say(f"{unexpected(error)} {kept(error, debug)}", 1)
+
+
+def unexpected(error: Exception) -> str:
+    """An error that no sentence was written for: its kind, its text and the place in our own code."""
+    ours = os.path.dirname(os.path.abspath(reflow.__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if f.filename.startswith(ours)), frames[-1] if frames else None)
+    where = f" at {os.path.relpath(place.filename, os.path.dirname(ours))}:{place.lineno}" if place else ""
+    text = " ".join(str(error).split())[:300]
+    return f"an error that should not happen{where}: {type(error).__name__}{f': {text}' if text else ''}."
+
+
+def kept(error: Exception, debug: bool) -> str:
+    """Where the traceback is. It is kept in a file, since a run of days is not repeated to see it."""
+    report = "Please report it to the project's maintainers with"
+    if debug:
+        return f"{report} the traceback above and what `reflow env` prints."
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="reflow-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        traceback.print_exception(error)
+        return f"{report} the traceback above and what `reflow env` prints."
+    return f"{report} {file.name}, which holds the traceback (--debug prints it), and what `reflow env` prints."
 
 
 def command_of(argv: list[str]) -> str | None:
@@ -70,11 +123,12 @@ def build_parser(asked: str | None) -> argparse.ArgumentParser:
     """The parser; of the commands only the one that is asked for brings its options."""
     parser = argparse.ArgumentParser(
         prog="reflow",
-        usage="reflow [-h] [--version] COMMAND [OPTION ...]",
+        usage="reflow [-h] [--version] [--debug] COMMAND [OPTION ...]",
         description="Turn diffusion models into 4-, 2- and 1-step models by progressive reflow.",
         epilog=START,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error; anywhere in the command")
     parser.add_argument("--version", action="version", version=f"reflow {reflow.__version__}")
     # The long metavar widens the column of the names.
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND, one of", prog="reflow")
@@ -94,10 +148,19 @@ def fail(sentence: str) -> int:
     return UserError.exit_code
 
 
+def say(sentence: str, code: int) -> int:
+    """Print a sentence of this rank alone: a disk, a GPU or a fault may be one rank's."""
+    rank = os.environ.get("RANK")
+    of_rank = f" (rank {rank})" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"reflow{of_rank}: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
 def leave(code: int) -> None:
     """End without interpreter shutdown: DeepSpeed's stage 3 sometimes aborts there after all work is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that went away
+            stream.flush()
     os._exit(code)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from reflow.errors import UserError
+from reflow.outputs import check_output
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else run.folder / "report"
     settings = Settings(samples=args.samples, seeds=args.seeds, unequal=args.unequal_sets)
     found = None if args.again else report.existing(out, run, settings)
+    if found is None:
+        check_output(out, "--out" if args.out else "the report's folder (--out names another)")
     if found is None:
         found = report.make(run, out, settings, device=args.device, command=shlex.join(["reflow", *sys.argv[1:]]))
     else:

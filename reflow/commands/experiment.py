@@ -16,6 +16,7 @@ from typing import Any
 
 from reflow import experiments
 from reflow.errors import UserError
+from reflow.outputs import check_output
 from reflow.recipes.reading import nearest
 
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         importlib.import_module(experiment.module).main()
         return 0
     chosen = vars(parser_of(experiment).parse_args(args.rest))
-    importlib.import_module(experiment.module).run(Path(chosen.pop("out")), **chosen)
+    importlib.import_module(experiment.module).run(check_output(chosen.pop("out")), **chosen)
     return 0
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from reflow.commands import prepare_pairs
 from reflow.commands.common import positive, single_file_arguments, single_file_options
 from reflow.errors import UserError
+from reflow.outputs import check_output
+
+INTERRUPTED = "the same command goes on with what is done"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 f"Write --{name} too: `reflow prepare` encodes the images of --data with the model of --base, or solves "
                 "--pairs."
             )
+    check_output(args.out)
     import os
 
     import torch

@@ -7,6 +7,7 @@ import pathlib
 
 from reflow.commands.common import positive
 from reflow.errors import UserError
+from reflow.outputs import check_output
 
 
 def arguments(group: argparse._ArgumentGroup) -> None:
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from reflow.training import solve_pairs
 
     recipe = reading.load(args.recipe, args.overrides)
-    out = pathlib.Path(args.out)
+    out = check_output(args.out)
     made = solve_pairs.solve(recipe, args.stage, args.pairs, out, pathlib.Path(args.run_dir) if args.run_dir else None)
     print(f"{made} solved windows of stage {args.stage} of recipe '{recipe.name}' in {out}")
     print(f"Train on them with --set stages.{args.stage - 1}.pairs_from={out}")

@@ -21,6 +21,7 @@ from reflow.commands.common import (
 from reflow.errors import UserError
 
 TEACHER_STEPS = 32
+INTERRUPTED = "images of finished batches are kept; the same command with another --out draws all of them again"
 SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
 
 
@@ -297,7 +298,6 @@ def run(args: argparse.Namespace) -> int:
     note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     note |= {"height": size[0], "width": size[1]} if size else {}
     note |= {"init_image": args.init_image, "strength": strength} if picture else {}
-    out.mkdir(parents=True, exist_ok=True)
     pictures = []
     # One batch is over soon, but at a terminal its steps are worth seeing.
     few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
@@ -320,6 +320,7 @@ def run(args: argparse.Namespace) -> int:
             if not torch.isfinite(drawn.latents).all():
                 hint = "try --dtype fp32" if dtype != "fp32" else "its weights are damaged, or its scheduler is wrong"
                 raise UserError(f"{source.name} gives values that are not finite at {steps} steps in {dtype}; {hint}.")
+            out.mkdir(parents=True, exist_ok=True)  # not before: an interrupted command leaves no empty folder
             for prompt, seed, image in zip(some, seeds, drawn.images, strict=True):
                 picture = to_pil(image)
                 lost = {"tokens_not_read": not_read[prompt]} if not_read[prompt] else {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 
+from reflow.outputs import check_output
 from reflow.recipes import reading
 
 
@@ -27,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from reflow.training import run as training
 
-    run_dir = pathlib.Path(args.run_dir or f"runs/{recipe.name}")
+    run_dir = check_output(args.run_dir or f"runs/{recipe.name}", "--run-dir")
     return training.train(recipe, run_dir, allow_config_change=args.allow_config_change)

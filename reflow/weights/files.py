@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reflow.errors import UserError
+from reflow.outputs import check_output
 
 State = Mapping[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,11 +98,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises UserError if a file, or a folder that is not empty, is already there."""
+    """Raises UserError if a file, or a folder that is not empty, is already there, or if nothing can be written there."""
     if path.is_file() or path.is_symlink() or (path.is_dir() and any(path.iterdir())):
         raise UserError(
             f"{path} already exists; nothing was written. Choose another name, or move the old one away first."
         )
+    check_output(path)
 
 
 def write_state(
