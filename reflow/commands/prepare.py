@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
+import sys
 from typing import Any
 
 from reflow.commands import prepare_pairs
@@ -58,6 +60,29 @@ def load(family: str, base: str, options: dict[str, str], device: str) -> Any:
     return registry.family(family).load(base, device=device, parts=("vae", "text"), **options)
 
 
+class Bar:
+    """A bar of images; what goes on beside them (captions, the sizes' reading) stands behind it."""
+
+    def __init__(self, totals: dict[str, int]) -> None:
+        from tqdm import tqdm
+
+        # In a log file a line every 20 seconds instead of redrawing.
+        interval = 0.5 if sys.stderr.isatty() else 20.0
+        self.totals, self.done = totals, dict.fromkeys(totals, 0)
+        self.bar = tqdm(total=totals["images"], desc="preparing", unit=" images", mininterval=interval,
+                        dynamic_ncols=True, smoothing=0.05)  # fmt: skip
+
+    def advance(self, kind: str, count: int) -> None:
+        self.done[kind] = min(self.done[kind] + count, self.totals[kind])
+        beside = [f"{self.done[k]} of {n} {k}" for k, n in self.totals.items() if k != "images" and self.done[k] < n]
+        self.bar.set_postfix_str("; ".join(beside), refresh=kind != "images" and sys.stderr.isatty())
+        if kind == "images":
+            self.bar.update(self.done[kind] - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
 def run(args: argparse.Namespace) -> int:
     if args.pairs:
         return prepare_pairs.run(args)
@@ -75,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     from reflow.data import buckets, workers
     from reflow.data.prepare import Preparation
     from reflow.data.sources import open_source
-    from reflow.training.progress import Progress
 
     loader = functools.partial(load, args.family, args.base, single_file_options(args))
     source = open_source(args.data, caption=args.caption, image_column=args.image_column,
@@ -89,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     work = Preparation(base, source, args.out, sizes=sizes, batch_size=args.batch_size, shard_size=args.shard_size,
                        max_bad_share=args.max_bad_share, text=args.text_dtype,
                        threads=max(1, min(8, (os.cpu_count() or 1) // count)))  # fmt: skip
-    bar = Progress("preparing captions and images", work.total, 0, True)
+    bar = Bar(work.totals)
     try:
         manifest = work.run(bar.advance, count=count, loader=loader)
     finally:
@@ -108,5 +132,14 @@ def run(args: argparse.Namespace) -> int:
             shapes[tuple(shard["shape"][1:])] += shard["rows"]
         factor = base.vae_scale_factor
         print("; ".join(f"{w * factor}x{h * factor}: {rows}" for (h, w), rows in shapes.items()))
-    print(f"Train on them with --set data.source=cache --set data.path={args.out}")
+    print(f"Train on them with {hint(args)}")
     return 0
+
+
+def hint(args: argparse.Namespace) -> str:
+    """The options of `reflow train` that name this cache and the base that it was made for, ready for a shell."""
+    keys = {"data.source": "cache", "data.path": args.out, "model.base": args.base}
+    keys |= {"model.tokenizer": args.tokenizer, "model.config": args.config}
+    keys |= {"model.prediction_type": args.base_prediction_type}
+    given = {key: value for key, value in keys.items() if value and (key, value) != ("model.base", "builtin")}
+    return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in given.items())

@@ -6,11 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from reflow.data.shapes import Shaped, grouped
@@ -18,9 +20,11 @@ from reflow.data.shards import Column
 from reflow.errors import UserError
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
+from reflow.weights.files import weight_files
 
 VERSION = 2  # of the code that encodes: raised when the same image would give other numbers
 MANIFEST = "manifest.json"
+HEAD = 1024  # elements of each tensor that identify a UNet, which is not loaded to encode
 
 
 def digest_of(networks: Any, *settings: Any) -> str:
@@ -35,7 +39,7 @@ def digest_of(networks: Any, *settings: Any) -> str:
 
 def fingerprint(base: Base) -> dict[str, Any]:
     """What decides the numbers in a cache, of a base in fp32: family, and hashes of its VAE and of its text "
-    "encoders."""
+    "encoders; and its UNet, which decides none of them but is the one that a run trains."""
     vae = {k: base.configs["vae"].get(k) for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in base.tokenizers]
     zeros = base.configs["pipeline"].get("force_zeros_for_empty_prompt", True)
@@ -44,7 +48,29 @@ def fingerprint(base: Base) -> dict[str, Any]:
         "family": base.family.name,
         "vae": digest_of([base.vae], vae),
         "text": digest_of(base.text_encoders, words, zeros),
+        "unet": digest_of_unet(base),
     }
+
+
+def digest_of_unet(base: Base) -> str | None:
+    """Hash of names, shapes and first elements (as fp32) of the UNet's tensors on disk, read without loading it; None
+    where the base holds no safetensors file of it."""
+    files = weight_files(Path(base.path) / "unet")
+    if not files:
+        return None
+    total, found = hashlib.sha256(), {}
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                # A slice of the first axis is what is read; the rest of the row costs memory for one tensor only.
+                head = part[:1] if shape else file.get_tensor(name)
+                found[name] = (shape, head.flatten()[:HEAD].float().contiguous().numpy().tobytes())
+    for name, (shape, head) in sorted(found.items()):
+        total.update(f"{name} {shape}".encode())
+        total.update(head)
+    return total.hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -57,8 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_base(manifest: dict[str, Any], base: Base, folder: Path) -> None:
-    """Refuse a cache that another model made."""
+def check_base(manifest: dict[str, Any], base: Base, folder: Path, other_unet: bool = False) -> None:
+    """Refuse a cache that another model made; other_unet: one with the same VAE and text encoders will do."""
     made, now = manifest["fingerprint"], fingerprint(base)
     names = {"version": "version of the encoding code", "family": "family", "vae": "VAE", "text": "text encoders"}
     wrong = [name for key, name in names.items() if made.get(key) != now[key]]
@@ -69,13 +95,26 @@ def check_base(manifest: dict[str, Any], base: Base, folder: Path) -> None:
             f"{base.path}: they differ in {', '.join(wrong)}. Use that base, or run `reflow prepare` into another "
             f"folder."
         )
+    theirs, ours = made.get("unet"), now["unet"]
+    if theirs is None and manifest.get("base") != str(base.path) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"reflow: the cache {folder} is of an earlier version and does not say which UNet it was made beside; it was "
+            f"made with {manifest.get('base')}, and this is {base.path}.",
+            file=sys.stderr,
+        )
+    if theirs and ours and theirs != ours and not other_unet:
+        raise UserError(
+            f"The cache {folder} was made with the base {manifest.get('base')}, and this run trains the UNet of "
+            f"{base.path}, which is another model. Write --set model.base={manifest.get('base')}; or, if this UNet is meant "
+            f"(VAE and text encoders are the same, so its latents and captions fit), --set data.other_unet=true."
+        )
 
 
 class CachedDataset(Shaped):
     """A prepared folder with the interface of `LatentDataset`. Raises UserError for a folder that is not whole or "
     "fits another base."""
 
-    def __init__(self, path: str | Path, base: Base) -> None:
+    def __init__(self, path: str | Path, base: Base, *, other_unet: bool = False) -> None:
         import datasets
 
         folder = Path(path)
@@ -84,7 +123,7 @@ class CachedDataset(Shaped):
             raise UserError(
                 f"The cache {folder} is not finished; run the same `reflow prepare` again, it goes on where it was."
             )
-        check_base(manifest, base, folder)
+        check_base(manifest, base, folder, other_unet)
         tables: dict[str, list[Any]] = {"latents": [], "text": []}
         for kind, shards in manifest["shards"].items():
             for shard in shards:

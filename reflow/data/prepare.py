@@ -24,6 +24,7 @@ from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.models.family import Base
 
+Progress = Callable[[str, int], None]  # (kind as in `Preparation.totals`, how many more)
 SCAN = 256  # image headers read at once
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
@@ -35,6 +36,10 @@ class Task:
     file: str
     rows: range
     size: buckets.Size | None = None
+
+    @property
+    def kind(self) -> str:
+        return "captions" if self.size is None else "images"
 
 
 class Preparation:
@@ -77,10 +82,10 @@ class Preparation:
         return {k: v for k, v in self.__dict__.items() if k not in ("base", "encoder")}
 
     @property
-    def total(self) -> int:
-        """What `progress` counts to: captions, images, and with buckets the images once more while their sizes are "
-        "read."""
-        return len(self.captions) + len(self.source) * (1 + (len(self.sizes) > 1))
+    def totals(self) -> dict[str, int]:
+        """What `progress` counts to, by kind: with buckets the images' sizes, which are read first; captions; images."""
+        sizes = {"sizes": len(self.source)} if len(self.sizes) > 1 else {}
+        return {**sizes, "captions": len(self.captions), "images": len(self.source)}
 
     def begin(self) -> dict[str, Any]:
         """The manifest of the new or unfinished cache in `out`. Raises UserError for another cache's folder."""
@@ -93,7 +98,12 @@ class Preparation:
         }
         if (self.out / MANIFEST).exists():
             manifest = read_manifest(self.out)
-            check_base(manifest, self.base, self.out)
+            check_base(manifest, self.base, self.out, other_unet=True)
+            if manifest["fingerprint"].get("unet") not in (None, fingerprint(self.base)["unet"]):
+                raise UserError(
+                    f"--out {self.out} holds a cache that was made with the base {manifest.get('base')}, whose UNet is "
+                    "another; give another --out, or train this UNet on that cache with --set data.other_unet=true."
+                )
             other = [
                 f"{k}: {manifest['settings'].get(k)} -> {v}"
                 for k, v in settings.items()
@@ -119,7 +129,7 @@ class Preparation:
 
     def run(
         self,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Progress = lambda *_: None,
         *,
         count: int = 1,
         loader: workers.Loader | None = None,
@@ -133,7 +143,7 @@ class Preparation:
             return self.work(manifest, progress, count, loader)
 
     def work(
-        self, manifest: dict[str, Any], progress: Callable[[int], None], count: int, loader: workers.Loader | None
+        self, manifest: dict[str, Any], progress: Progress, count: int, loader: workers.Loader | None
     ) -> dict[str, Any]:
         self.order = self.plan(progress)
         tasks = self.tasks()
@@ -143,29 +153,29 @@ class Preparation:
             if notes is None:
                 missing.append(task)
             else:
-                progress(len(task.rows))
+                progress(task.kind, len(task.rows))
                 skipped += notes["skipped"]
         self.check_bad(skipped)
-        for done, bad in workers.share(self, missing, count, loader):
-            progress(done)
+        for kind, done, bad in workers.share(self, missing, count, loader):
+            progress(kind, done)
             skipped += bad
             self.check_bad(skipped)
         return self.finish(manifest, tasks)
 
-    def plan(self, progress: Callable[[int], None]) -> list[np.ndarray]:
+    def plan(self, progress: Progress) -> list[np.ndarray]:
         """For every size the numbers of its images. What the headers say is kept, so that they are read once."""
         if len(self.sizes) == 1:
             return [np.arange(len(self.source))]
         kept = self.out / "sizes.npy"
         if kept.exists():
             found = np.load(kept)
-            progress(len(found))
+            progress("sizes", len(found))
         else:
             parts = [range(first, min(first + SCAN, len(self.source))) for first in range(0, len(self.source), SCAN)]
             rows = []
             for part in self.encoder.pool.map(self.source.sizes, parts):
                 rows.append(part)
-                progress(len(part))
+                progress("sizes", len(part))
             found = np.concatenate(rows)
             temporary = self.out / ".sizes.tmp.npy"
             np.save(temporary, found)
@@ -183,10 +193,11 @@ class Preparation:
             ]
         return found
 
-    def make(self, task: Task) -> Iterator[tuple[int, Skipped]]:
-        """Make one shard; yields (items, skipped) as they are done."""
+    def make(self, task: Task) -> Iterator[tuple[str, int, Skipped]]:
+        """Make one shard; yields (kind, items, skipped) as they are done."""
         batches = self.text_batches if task.size is None else self.image_batches
-        return grow(self.out / task.file, len(task.rows), lambda done: batches(task, done))
+        for items, skipped in grow(self.out / task.file, len(task.rows), lambda done: batches(task, done)):
+            yield task.kind, items, skipped
 
     def text_batches(self, task: Task, done: int) -> Iterator[tuple[int, pyarrow.Table, Skipped]]:
         """Both encoders' output of each caption."""

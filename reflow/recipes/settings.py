@@ -46,6 +46,7 @@ class Data(Section):
     split: str = "train"
     missing_captions: Literal["error", "empty"] = "error"
     max_bad_share: Fraction = 0.05
+    other_unet: bool = False
 
 
 class Student(Section):

@@ -49,7 +49,8 @@ def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | Str
         near = reading.nearest(recipe.data.source, ["digits", "cache", "stream"])
         raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', 'cache' with the --out of "
                         f"`reflow prepare` as data.path, or 'stream' with images as data.path.")
-    data = CachedDataset(recipe.data.path, base) if recipe.data.source == "cache" else stream(recipe.data, base)
+    cached = recipe.data.source == "cache"
+    data = CachedDataset(recipe.data.path, base, other_unet=recipe.data.other_unet) if cached else stream(recipe.data, base)
     check_shapes(recipe, data)
     return data
 

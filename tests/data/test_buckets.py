@@ -1,5 +1,6 @@
 """Aspect-ratio buckets: which sizes there are, what a cache of them holds, and that every micro-batch has one shape."""
 
+import collections
 import importlib.util
 import json
 import pathlib
@@ -50,9 +51,9 @@ def cache(base, tmp_path_factory):
     (place / "data" / "99.png").write_bytes(b"no image")
     (place / "data" / "99.txt").write_text("lost")
     work = Preparation(base, open_source(place / "data"), place / "out", sizes=SIZES, shard_size=4, batch_size=3)
-    heard = []
-    work.run(heard.append)
-    assert sum(heard) == work.total == 20 * 3  # captions, images, and images once more for their sizes
+    heard = collections.Counter()
+    work.run(lambda kind, count: heard.update({kind: count}))
+    assert heard == work.totals == {"sizes": 20, "captions": 20, "images": 20}
     return place / "out"
 
 

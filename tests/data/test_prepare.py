@@ -5,12 +5,15 @@ import io
 import json
 import os
 import pathlib
+import shlex
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from reflow.data import digits, latents
 from reflow.data.cache import CachedDataset
@@ -190,6 +193,45 @@ def test_another_vae_other_images_and_a_cut_shard_are_refused(base, tmp_path):
         CachedDataset(out, base)
     prepared(base, folder, out)
     assert shard.read_bytes() == whole
+
+
+def test_a_cache_names_the_model_that_it_was_made_for(base, tmp_path, capsys):
+    """VAE and text encoders of a fine-tune are often the base's own: only the UNet tells that another model is trained."""
+    shutil.copytree(base.path, tmp_path / "mine")
+    weights = next((tmp_path / "mine" / "unet").glob("*.safetensors"))
+    state = load_file(weights)
+    name = next(key for key, tensor in state.items() if tensor.dim() > 1)
+    state[name][0] += 0.01
+    save_file(state, weights)
+    mine, folder, out = registry.family("digits").load(tmp_path / "mine"), scans(tmp_path / "data", 4), tmp_path / "out"
+    prepared(mine, folder, out)
+    with pytest.raises(UserError, match=f"made with the base {tmp_path / 'mine'}, and this run trains the UNet of .*another model.*model.base="):
+        CachedDataset(out, base)
+    with pytest.raises(UserError, match=r"out holds a cache that was made with the base .*mine.*data.other_unet=true"):
+        prepared(base, folder, out)
+    assert len(CachedDataset(out, mine)) == len(CachedDataset(out, base, other_unet=True)) == 4
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["fingerprint"]["unet"]  # as earlier versions wrote it
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert len(CachedDataset(out, mine)) == 4 and capsys.readouterr().err == ""
+    assert len(CachedDataset(out, base)) == 4 and "does not say which UNet" in capsys.readouterr().err
+
+
+def test_the_hint_of_prepare_names_the_base_that_it_was_given():
+    from reflow.cli import build_parser
+    from reflow.commands.prepare import hint
+    from reflow.recipes import reading
+
+    def told(*words):
+        given = build_parser("prepare").parse_args(["prepare", "--family", "digits", "--data", "d", *words])
+        overrides = [word for word in shlex.split(hint(given)) if word != "--set"]
+        return reading.load("sdxl-proreflow", overrides)
+
+    recipe = told("--base", "my base", "--out", "the cache")
+    assert (recipe.model.base, recipe.data.source, recipe.data.path) == ("my base", "cache", "the cache")
+    recipe = told("--base", "mine.safetensors", "--out", "c", "--tokenizer", "t", "--base-prediction-type", "v_prediction")
+    assert (recipe.model.base, recipe.model.tokenizer, recipe.model.prediction_type) == ("mine.safetensors", "t", "v_prediction")
+    assert told("--out", "c").model.base == reading.load("sdxl-proreflow").model.base  # "builtin" is the digits recipes' own
 
 
 def test_a_vae_that_gives_nan_is_named_with_the_file(base, tmp_path, monkeypatch):

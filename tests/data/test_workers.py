@@ -1,5 +1,6 @@
 """Several processes make the same cache as one, and the trouble of one of them ends all with its sentence."""
 
+import collections
 import functools
 import time
 import types
@@ -48,9 +49,9 @@ def test_two_processes_make_what_one_makes(base, source, tmp_path, monkeypatch):
             yield task
 
     monkeypatch.setattr(workers, "claims", late)
-    heard = []
-    manifest = two.run(heard.append, count=2, loader=functools.partial(load, "digits", "builtin", {}))
-    assert sum(heard) == two.total == 24 and len(mine) <= 4 and manifest["counts"]["skipped"] == 1
+    heard = collections.Counter()
+    manifest = two.run(lambda kind, count: heard.update({kind: count}), count=2, loader=functools.partial(load, "digits", "builtin", {}))
+    assert heard == two.totals and sum(heard.values()) == 24 and len(mine) <= 4 and manifest["counts"]["skipped"] == 1
     files = sorted(p.name for p in (tmp_path / "1").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "2").iterdir()) and "skipped.jsonl" in files
     for name in files:
