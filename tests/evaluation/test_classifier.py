@@ -20,9 +20,12 @@ def test_committed_weights_read_held_out_scans(device):
 
 def test_training_is_a_function_of_the_seed():
     (first, a), (second, b) = (train_classifier(seed=3, epochs=2) for _ in range(2))
-    assert a == b and all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    # To rounding: the same sums over memory at another address may take another order on some processors.
+    assert a == pytest.approx(b, abs=0.01)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
     other, _ = train_classifier(seed=4, epochs=2)
-    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert (next(first.parameters()) - next(other.parameters())).abs().max() > 0.05
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def test_what_stock_ddim_cannot_do_carries_our_scheduler(trained, settings, word
         ),
         steps,
     )
-    torch.testing.assert_close(latents(again, steps), want, rtol=1e-5, atol=1e-5)
+    # Several network calls, each of which may differ by 1e-6 on weights that lie elsewhere, and diff_eps divides by dt.
+    torch.testing.assert_close(latents(again, steps), want, rtol=1e-4, atol=1e-4)
     card = (tmp_path / "out/README.md").read_text()
     assert "import reflow.sampling" in card and f"num_inference_steps={steps}" in card and export.reason[1:-1] in card
 

@@ -41,24 +41,27 @@ def plainly(unet, x, t, text, added):
 
 
 @pytest.mark.parametrize("family, dtype", [("sd15", torch.float32), ("sdxl", torch.bfloat16)], ids=["sd15-fp32", "sdxl-bf16"])
-def test_without_an_adapter_the_network_is_the_base_to_the_bit(family, dtype):
+def test_without_an_adapter_the_network_is_the_base(family, dtype):
+    # Weights to the bit; outputs to rounding, since the same sum over weights at another address may take another order.
+    near = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.03)
     unet = unet_of(family, dtype)
     # Frozen as a teacher is: parameters that require gradients take other CPU kernels.
     plain, args = copy.deepcopy(unet).requires_grad_(False), inputs(family)
     adapters = Adapters(unet, 4, MIXED, names=(STUDENT, TEACHER, AVERAGE))
     with torch.no_grad():
         base = plainly(plain, *args)
-        assert torch.equal(Student(adapters)(*args)[0], base)  # fresh: B is 0
+        torch.testing.assert_close(Student(adapters)(*args)[0], base, **near)  # fresh: B is 0
         adapters.put(STUDENT, filled(adapters))
         adapters.put(AVERAGE, filled(adapters))
         adapters.put(TEACHER, filled(adapters, seed=5), dtype)
         student = Student(adapters)(*args)[0]
-        assert torch.equal(View(adapters)(*args)[0], base) and not torch.equal(student, base)
-        torch.testing.assert_close(View(adapters, AVERAGE)(*args)[0], student)
-        assert not torch.equal(View(adapters, TEACHER)(*args)[0], student)
+        torch.testing.assert_close(View(adapters)(*args)[0], base, **near)
+        assert (student - base).abs().max() > 3 * near["atol"]
+        torch.testing.assert_close(View(adapters, AVERAGE)(*args)[0], student, **near)
+        assert (View(adapters, TEACHER)(*args)[0] - student).abs().max() > 3 * near["atol"]
         with pytest.raises(ZeroDivisionError), adapters.active():
             1 / 0
-        assert torch.equal(Student(adapters)(*args)[0], student)
+        torch.testing.assert_close(Student(adapters)(*args)[0], student, **near)
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items() if ".lora_" not in name}
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())
 
@@ -102,7 +105,8 @@ def test_gradients_reach_the_student_alone_and_checkpointing_with_a_teacher_in_b
         mine = {id(p) for p in trained.values()}
         assert all(p.grad is None and not p.requires_grad for p in unet.parameters() if id(p) not in mine)
         found.append({name: p.grad for name, p in trained.items()})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_fresh_values_are_a_function_of_the_seed():

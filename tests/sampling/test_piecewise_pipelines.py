@@ -188,7 +188,7 @@ def test_guidance_changes_from_step_to_step(name, request, monkeypatch):
         pipe.unet, "forward", lambda sample, *a, **k: rows.append(len(sample)) or forward(sample, *a, **k)
     )
     constant = pipe(guidance_scale=3.0, generator=seeded(), **call).images
-    assert torch.equal(run([3.0]), constant)
+    torch.testing.assert_close(run([3.0]), constant, rtol=0, atol=1e-4)
     rows.clear()
     assert not torch.allclose(run("3,1.5"), constant)
     assert rows == [2, 2, 2, 2]

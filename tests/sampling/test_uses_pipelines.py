@@ -141,7 +141,7 @@ def test_inpainting_keeps_what_is_not_masked(fast, channels):
     assert differ(ours[..., :PAINTED], other[..., :PAINTED])
     if channels == 4:
         # Outside the hole the latents are the picture's own, whatever is painted.
-        assert torch.equal(ours[..., PAINTED:], other[..., PAINTED:])
+        torch.testing.assert_close(ours[..., PAINTED:], other[..., PAINTED:], rtol=1e-4, atol=1e-4)
         posterior = paint.vae.encode(paint.image_processor.preprocess(PICTURE)).latent_dist
         scale = paint.vae.config.scaling_factor
         off = (ours - posterior.mode() * scale)[..., PAINTED:].abs() / (posterior.std * scale)[..., PAINTED:]
