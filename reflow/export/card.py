@@ -55,6 +55,11 @@ def _guidance_argument(card: Mapping[str, Any]) -> str:
 
 
 DDIM = 'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"'
+# ComfyUI leaves out, with no more than a log line, every layer of a LoRA whose name it does not know.
+OTHER_LORA = (
+    "write this LoRA again with `reflow export --format lora-kohya`: of this file they read some layers or none, and "
+    "go on without the others."
+)
 IMPORTED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
@@ -123,9 +128,11 @@ def _use_file(
             "```",
             "",
         ]
-    if kind == "lora":
+    if kind in ("lora", "lora-kohya"):
         load = f'pipe.load_lora_weights("{name}")'
         lines = _python(where, "", f"# pipe: a pipeline of {base}", load, set_scheduler, _call(steps, card))
+        if kind == "lora" and stock:
+            return [*lines, f"For ComfyUI and AUTOMATIC1111 {OTHER_LORA}", ""]
         return [*lines, *listed]
     pipeline = IMPORTED.get(str(card.get("family")), "StableDiffusionXLPipeline")
     load = f'pipe = {pipeline}.from_single_file("{name}")'
@@ -146,7 +153,7 @@ def model_card(
 ) -> str:
     """Markdown with a Hugging Face header. ``card`` keys recipe, data, steps, guidance and evaluation come in that
     order, then the rest; license, base, family and title go where a hub reader looks for them. Values may be text,
-    numbers, mappings or rows. ``kind`` is what was written: "folder", "single-file", "delta" or "lora"."""
+    numbers, mappings or rows. ``kind`` is what was written: "folder" or a format of `reflow export` that is a file."""
     count = len(scheduler.windows)
     steps = steps or count
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["reflow", "few-step"]}
