@@ -28,7 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="diffusers",
         help="a folder that diffusers loads (default), one file with the original checkpoint's names for ComfyUI and "
         "AUTOMATIC1111, or the difference to the base, for `reflow merge`; of a LoRA student, the file for "
-        "pipe.load_lora_weights, or the same with kohya's names. Beside a file lies its card, NAME.md",
+        "diffusers' pipe.load_lora_weights, or the same with kohya's names for ComfyUI and AUTOMATIC1111 too. Beside a "
+        "file lies its card, NAME.md",
     )
     parser.add_argument(
         "--dtype",
@@ -71,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
     count = len(settings["windows"])
     which = f"stage {stage} of {len(recipe.stages)}, {count} window{'s' * (count != 1)}"
     if args.format.startswith("lora"):
-        kohya = args.format == "lora-kohya"
+        kohya = base.configs["unet"] if args.format == "lora-kohya" else None
         path = export_lora(weights, args.out, dtype=args.dtype or "fp32", kohya=kohya, metadata=says)
-        write_card("lora", path, base.scheduler_config, settings, card)
+        write_card(args.format, path, base.scheduler_config, settings, card)
         print(f"LoRA of {recipe.name} ({which}) for {recipe.model.base}: {path}")
         print(lora_scheduler(base.scheduler_config, settings))
+        print(lora_elsewhere(base.scheduler_config, settings, args.format, recipe.validate_.guidance_scale))
         return 0
     student = student_state(base.path, weights)
     if args.format == "delta":
@@ -117,6 +119,20 @@ def lora_scheduler(config: Any, settings: dict[str, Any]) -> str:
         f"reflow.flow.Windows({tuple(settings['windows'].boundaries)}), "
         f"prediction_type={settings['prediction_type']!r}, network_time={settings['network_time']!r})"
     )
+
+
+def lora_elsewhere(config: Any, settings: dict[str, Any], format: str, guidance: float) -> str:
+    """How other programs sample with a LoRA of this format, or which format to write for them."""
+    from reflow.export import stock_scheduler
+    from reflow.export.card import OTHER_LORA
+    from reflow.export.spec import other_programs
+    from reflow.sampling import PiecewiseFlowScheduler
+
+    scheduler = PiecewiseFlowScheduler.for_student(config, **settings)
+    stock = stock_scheduler(scheduler)[0] is not None
+    if format == "lora" and stock:
+        return f"ComfyUI, AUTOMATIC1111: {OTHER_LORA}"
+    return "\n".join(f"{program}: {how}" for program, how in other_programs(scheduler, stock, guidance).items())
 
 
 def card_file(out: str | pathlib.Path) -> pathlib.Path:

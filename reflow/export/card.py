@@ -54,7 +54,13 @@ def _guidance_argument(card: Mapping[str, Any]) -> str:
     return f", guidance_scale={value:g}" if isinstance(value, (int, float)) else ""
 
 
+HALVES = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
 DDIM = 'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"'
+# ComfyUI leaves out, with no more than a log line, every layer of a LoRA whose name it does not know.
+OTHER_LORA = (
+    "write this LoRA again with `reflow export --format lora-kohya`: of this file they read some layers or none, and "
+    "go on without the others."
+)
 IMPORTED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
@@ -80,10 +86,18 @@ def _call(steps: int, card: Mapping[str, Any]) -> str:
     return f'image = pipe("a prompt", num_inference_steps={steps}{_guidance_argument(card)}).images[0]'
 
 
-def _use_folder(card: Mapping[str, Any], name: str, count: int, steps: int, stock: bool, reason: str) -> list[str]:
+def _use_folder(
+    card: Mapping[str, Any], name: str, count: int, steps: int, stock: bool, reason: str, dtype: str
+) -> list[str]:
     imports = [] if stock else ["import reflow.sampling  # the scheduler's class"]
     load = f'pipe = DiffusionPipeline.from_pretrained("{name}")'
     lines = _python("from diffusers import DiffusionPipeline", *imports, "", load, _call(steps, card))
+    if dtype in HALVES:
+        lines += [
+            f"The UNet is stored in {dtype}, under the names of whole weights: write `torch_dtype={HALVES[dtype]}` "
+            "where from_pretrained loads it, to run in that, and leave `variant` out.",
+            "",
+        ]
     if stock:
         return [
             *lines,
@@ -123,9 +137,11 @@ def _use_file(
             "```",
             "",
         ]
-    if kind == "lora":
+    if kind in ("lora", "lora-kohya"):
         load = f'pipe.load_lora_weights("{name}")'
         lines = _python(where, "", f"# pipe: a pipeline of {base}", load, set_scheduler, _call(steps, card))
+        if kind == "lora" and stock:
+            return [*lines, f"For ComfyUI and AUTOMATIC1111 {OTHER_LORA}", ""]
         return [*lines, *listed]
     pipeline = IMPORTED.get(str(card.get("family")), "StableDiffusionXLPipeline")
     load = f'pipe = {pipeline}.from_single_file("{name}")'
@@ -143,10 +159,12 @@ def model_card(
     stock: bool,
     reason: str,
     kind: str = "folder",
+    dtype: str = "fp32",
 ) -> str:
     """Markdown with a Hugging Face header. ``card`` keys recipe, data, steps, guidance and evaluation come in that
     order, then the rest; license, base, family and title go where a hub reader looks for them. Values may be text,
-    numbers, mappings or rows. ``kind`` is what was written: "folder", "single-file", "delta" or "lora"."""
+    numbers, mappings or rows. ``kind`` is what was written: "folder" or a format of `reflow export` that is a file;
+    ``dtype`` is that of a folder's UNet, "fp32", "fp16" or "bf16"."""
     count = len(scheduler.windows)
     steps = steps or count
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["reflow", "few-step"]}
@@ -162,7 +180,7 @@ def model_card(
         "",
     ]
     if kind == "folder":
-        lines += _use_folder(card, name, count, steps, stock, reason)
+        lines += _use_folder(card, name, count, steps, stock, reason, dtype)
     else:
         lines += _use_file(kind, card, name, scheduler, steps, stock)
     boundaries = ", ".join(f"{t:g}" for t in scheduler.windows.boundaries)

@@ -24,7 +24,18 @@ from reflow.export.student import checked_unet, read_json, same_reading
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.weights.delta import student_metadata
-from reflow.weights.files import WEIGHTS, State, dtype_of, read_state, refuse_existing, write_state
+from reflow.weights.files import (
+    DTYPES,
+    SHARD,
+    WEIGHTS,
+    State,
+    choose_variant,
+    dtype_of,
+    read_state,
+    refuse_existing,
+    variant_of,
+    write_state,
+)
 
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".pt", ".ckpt"}
@@ -47,23 +58,21 @@ def _part_files(folder: Path) -> list[tuple[Path, str]]:
     same_kind: list[Path] = []
     for suffix in (".safetensors", ".bin"):
         same_kind = same_kind or [file for file in weights if file.suffix == suffix]
-    by_variant: dict[str, list[Path]] = {}
-    for file in same_kind:  # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-        by_variant.setdefault(file.stem.partition(".")[2].split("-")[0], []).append(file)
-    variant = min(by_variant, key=lambda name: (name != "", name != "fp16", name), default="")
-    chosen = by_variant.get(variant, [])
+    variant = choose_variant((file.name for file in same_kind), folder)
+    chosen = [file for file in same_kind if variant_of(file.name) == variant]
     kept = []
     for file in files:
         if file in weights and file not in chosen:
             continue
-        weights_name, is_index, rest = file.name.partition(".index.")
+        weights_name, is_index, _ = file.name.partition(".index.")
         if is_index:
             same_weights = bool(chosen) and Path(weights_name).suffix == chosen[0].suffix
-            if not same_weights or rest != (f"{variant}.json" if variant else "json"):
+            if not same_weights or variant_of(file.name) != variant:
                 continue
         # Whole files and indices lose the variant, so that they load without naming it; shards keep the names that the
         # index knows.
-        name = file.name.replace(f".{variant}.", ".") if variant else file.name
+        lose = variant and (is_index or file in chosen) and not SHARD.search(file.stem)
+        name = file.name.replace(f".{variant}.", ".") if lose else file.name
         kept.append((file, str(file.relative_to(folder).with_name(name))))
     return kept
 
@@ -161,7 +170,13 @@ def export_folder(
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(
             model_card(
-                card or {}, name=out.name, scheduler=scheduler, steps=steps, stock=stock is not None, reason=reason
+                card or {},
+                name=out.name,
+                scheduler=scheduler,
+                steps=steps,
+                stock=stock is not None,
+                reason=reason,
+                dtype=next((name for name, kind in DTYPES.items() if kind == dtype_of(dtype)), "fp32"),
             ),
             encoding="utf-8",
         )

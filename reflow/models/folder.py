@@ -14,6 +14,7 @@ from reflow.errors import UserError
 from reflow.models.family import PARTS, Base, Family
 from reflow.models.parts import REMEDY, WEIGHTS, read_json
 from reflow.quiet import quiet_imports
+from reflow.weights.files import choose_variant, variant_of
 
 
 def load_base(
@@ -113,7 +114,7 @@ def find_folder(path: str | Path, single: Mapping[str, str] | None = None) -> Pa
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(str(path)))
+        return Path(DiffusionPipeline.download(str(path), variant=_hub_variant(str(path))))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -123,21 +124,34 @@ def find_folder(path: str | Path, single: Mapping[str, str] | None = None) -> Pa
         ) from error
 
 
+def _hub_variant(name: str) -> str | None:
+    """The variant to download of a hub repository, None for the plain one or where its files cannot be listed: then
+    diffusers looks into its cache, or says what is wrong."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = [file.removeprefix("unet/") for file in HfApi().list_repo_files(name) if file.startswith("unet/")]
+    except Exception:  # no connection, no such repository, no right to read it
+        return None
+    weights = [file for file in files if file.endswith(".safetensors")] or [f for f in files if f.endswith(".bin")]
+    return choose_variant(weights, name) or None
+
+
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """One network in eval mode, after its weight files were opened and found whole."""
     from safetensors import safe_open
 
-    variant = None
     files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if "." not in file.stem]
-    if files and not plain:
-        variant = files[0].stem.split(".")[1].split("-")[0]
-    if not files and not list(folder.glob("*.bin")):
+    others = [] if files else sorted(folder.glob("*.bin"))
+    variant = choose_variant((file.name for file in files or others), folder)
+    if not files and not others:
         raise UserError(
             f"{folder} has no weights: {folder / (WEIGHTS[0 if kind.__module__.startswith('diffusers') else 1])}"
             f".safetensors is missing. {REMEDY}"
         )
-    for file in plain or files:
+    for file in files:
+        if variant_of(file.name) != variant:
+            continue
         try:
             with safe_open(file, "pt"):
                 pass
@@ -145,7 +159,7 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             raise UserError(f"{file} is damaged or cut short ({error}). {REMEDY}") from error
     try:
         network, info = kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, output_loading_info=True, local_files_only=True
+            folder, torch_dtype=dtype, variant=variant or None, output_loading_info=True, local_files_only=True
         )
     except Exception as error:
         raise UserError(f"The weights in {folder} cannot be loaded ({str(error).splitlines()[0]}). {REMEDY}") from error

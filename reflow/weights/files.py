@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from reflow.outputs import check_output
 State = Mapping[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model"
+SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")  # in a file's stem
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
@@ -38,24 +40,48 @@ def cast(state: State, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     }
 
 
+def variant_of(name: str) -> str:
+    """The variant in the name of a weight file, of a shard or of an index, "" for none: "v0-fix" of
+    model.v0-fix.safetensors, model.v0-fix-00001-of-00002.safetensors and model.safetensors.index.v0-fix.json."""
+    _, index, rest = name.partition(".index.")
+    if index:
+        return rest.removesuffix("json").removesuffix(".")
+    return SHARD.sub("", Path(name).stem).partition(".")[2]
+
+
+def choose_variant(names: Iterable[str], where: str | Path) -> str:
+    """The variant to read of a folder that holds weights of these names: none, else fp16, else the only other
+    (published PeRFlow weights are "v0-1" and "v0-fix"). Raises UserError for several others."""
+    by_variant: dict[str, str] = {}
+    for name in sorted(names):
+        by_variant.setdefault(variant_of(name), name)
+    for variant in ("", "fp16"):
+        if variant in by_variant or not by_variant:
+            return variant
+    if len(by_variant) > 1:
+        raise UserError(
+            f"{where} holds {len(by_variant)} variants ({', '.join(by_variant.values())}); give one of these files, or "
+            "leave only one in the folder."
+        )
+    return next(iter(by_variant))
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one diffusers UNet folder: whole, sharded, an fp16 variant, or the only other variant
-    (published PeRFlow deltas are "v0-1"); [] if there are none. Raises UserError for several others."""
-    for variant in ("", ".fp16"):
-        index = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
-        whole = folder / f"{WEIGHTS}{variant}.safetensors"
-        if whole.exists():
-            return [whole]
-        if index.exists():
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    others = sorted(file for file in folder.glob(f"{WEIGHTS}.*.safetensors") if "-of-" not in file.name)
-    if len(others) > 1:
-        raise UserError(f"{folder} holds {len(others)} variants ({_names(others)}); give one of these files.")
-    return others
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)
+    """The safetensors files of one diffusers UNet folder, whole or sharded, of the variant that `choose_variant` takes;
+    [] if there are none. Raises UserError for several variants."""
+    names = [file.name for file in folder.glob(f"{WEIGHTS}.*") if not SHARD.search(file.stem)]
+    names = [name for name in names if name.endswith(".safetensors") or f"{WEIGHTS}.safetensors.index." in name]
+    if not names:
+        return []
+    dot = f".{variant}" if (variant := choose_variant(names, folder)) else ""
+    whole = f"{WEIGHTS}{dot}.safetensors"
+    if whole in names:
+        return [folder / whole]
+    index = folder / f"{WEIGHTS}.safetensors.index{dot}.json"
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{index} is no readable index of shards ({error!r}). Write or download it again.") from error
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

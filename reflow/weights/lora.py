@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from reflow.errors import UserError
 from reflow.weights.files import State, read_state, write_state
+from reflow.weights.kohya import PARTS, kohya_names
 
 WHOLE_FILE, LORA_FILE = "unet_ema.safetensors", "lora_ema.safetensors"
-PREFIX, A, B = "unet.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, (A, B) = "unet.", PARTS
 
 
 def stage_file(run_dir: Path, stage: int) -> Path:
@@ -79,20 +81,26 @@ def student_state(base: str | Path | State, weights: str | Path | State) -> dict
     return merge_lora(read_state(base), read_state(weights))
 
 
-def kohya_state(lora: State) -> dict[str, torch.Tensor]:
-    """The same LoRA in the names of kohya's scripts, which ComfyUI and AUTOMATIC1111 read (diffusers' converter)."""
-    from diffusers.utils import convert_state_dict_to_kohya
+def kohya_state(lora: State, unet_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The same LoRA as kohya's scripts write one, for a UNet of this config; alpha is the rank, so the scale stays 1.
+    Raises UserError for layers that have no such name."""
+    names = kohya_names([key.removeprefix(PREFIX).removesuffix(A) for key in lora if key.endswith(A)], unet_config)
+    result = {}
+    for layer, name in names.items():
+        for ours, theirs in PARTS.items():
+            result[name + theirs] = lora[PREFIX + layer + ours]
+        result[f"{name}.alpha"] = torch.tensor(len(lora[PREFIX + layer + A]))
+    return result
 
-    return convert_state_dict_to_kohya(dict(lora))
 
-
-def export_lora(weights: str | Path, out: str | Path, *, dtype: str | torch.dtype = "fp32", kohya: bool = False,
-                metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a stage's LoRA as one .safetensors file. Raises UserError for a student that is no LoRA."""
+def export_lora(weights: str | Path, out: str | Path, *, dtype: str | torch.dtype = "fp32",
+                kohya: Mapping[str, Any] | None = None, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a stage's LoRA as one .safetensors file, in diffusers' names or, given the config of the base's UNet as
+    ``kohya``, in those of kohya's scripts. Raises UserError for a student that is no LoRA."""
     if not is_lora(weights):
         raise UserError(
             f"{weights} is a whole student and no LoRA, and none is extracted from it; export --format delta instead, "
             "or train with model.lora_rank."
         )
     state = read_state(weights)
-    return write_state(kohya_state(state) if kohya else state, out, dtype=dtype, metadata=metadata)
+    return write_state(state if kohya is None else kohya_state(state, kohya), out, dtype=dtype, metadata=metadata)

@@ -163,6 +163,27 @@ def test_a_single_file_that_no_other_program_can_sample_says_so(reflow, here, ca
     assert same_scheduler(card, PiecewiseFlowScheduler, ours) and "KSampler" not in card
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_only_the_lora_that_other_programs_read_gives_settings_for_them(reflow, here, capsys, name):
+    run, *_ = finished_run(here, name)
+    (run / "stage-0" / "unet_ema.safetensors").unlink()
+    lora = tiny_pipelines.lora(getattr(tiny_pipelines, f"{name}_unet")())
+    write_state(lora, run / "stage-0" / "lora_ema.safetensors", metadata=student_metadata(Windows.uniform(4), "ddim_eps"))
+    ours = PiecewiseFlowScheduler.from_config(tiny_pipelines.ddim().config, num_time_windows=4)
+    cards, said = {}, {}
+    for kind in ("lora", "lora-kohya"):
+        assert reflow("export", "--run-dir", run, "--format", kind, "--out", f"{kind}.safetensors") == 0
+        cards[kind], said[kind] = (here / f"{kind}.md").read_text(encoding="utf-8"), capsys.readouterr().out
+        assert same_scheduler(cards[kind], DDIMScheduler, ours)
+        assert f'pipe.load_lora_weights("{kind}.safetensors")' in cards[kind]
+    for text in (cards["lora"], said["lora"]):
+        assert "reflow export --format lora-kohya" in text and "KSampler" not in text
+    for text in (cards["lora-kohya"], said["lora-kohya"]):
+        assert "KSampler: sampler_name euler" in text and "--format" not in text
+    block = {"sd15": "down_blocks_1_attentions_0", "sdxl": "input_blocks_4_1"}[name]
+    assert f"lora_unet_{block}_transformer_blocks_0_attn1_to_q.lora_up.weight" in metadata("lora-kohya.safetensors")[1]
+
+
 def test_a_delta_has_a_card_and_no_card_is_overwritten(reflow, here):
     run, *_ = finished_run(here, "sd15")
     assert reflow("export", "--run-dir", run, "--format", "delta", "--out", "fast.safetensors") == 0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from reflow.errors import UserError
 from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
+from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.weights.delta import make_delta, merge
 
@@ -271,12 +272,14 @@ def test_bases_that_are_not_whole(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_with_variants_and_spare_formats(trained, tmp_path):
-    """As downloaded from a hub: fp16 files only in one part, both kinds in another, and formats that nobody needs."""
+@pytest.mark.parametrize("variant", ["fp16", "v0-fix"])
+def test_a_base_with_variants_and_spare_formats(trained, tmp_path, variant):
+    """As downloaded from a hub: a variant only in one part, both kinds in another, and formats that nobody needs."""
     base, pipe, state = trained
     folder = shutil.copytree(base, tmp_path / "base")
-    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.fp16.safetensors")
-    shutil.copy(folder / "text_encoder/model.safetensors", folder / "text_encoder/model.fp16.safetensors")
+    named = folder / f"vae/diffusion_pytorch_model.{variant}.safetensors"
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(named)
+    shutil.copy(folder / "text_encoder/model.safetensors", folder / f"text_encoder/model.{variant}.safetensors")
     (folder / "text_encoder/pytorch_model.bin").write_bytes(b"old")
     (folder / "text_encoder/flax_model.msgpack").write_bytes(b"old")
     index = json.loads((folder / "model_index.json").read_text())
@@ -295,15 +298,50 @@ def test_a_base_with_variants_and_spare_formats(trained, tmp_path):
     np.testing.assert_allclose(latents(again, 4).numpy(), want.numpy(), atol=1e-4)
 
 
-def test_shards_of_a_variant_load(sd15, tmp_path):
+@pytest.mark.parametrize("variant", ["fp16", "v0-fix"])
+def test_shards_of_a_variant_load(sd15, tmp_path, variant):
     sd15.save_pretrained(tmp_path / "base")
-    shutil.rmtree(tmp_path / "base/vae")
-    sd15.vae.save_pretrained(tmp_path / "base/vae", variant="fp16", max_shard_size="100KB")
-    assert len(list((tmp_path / "base/vae").glob("*.safetensors"))) > 1
-    export_folder(tmp_path / "base", sd15.unet.state_dict(), tmp_path / "out", windows=4)
-    again = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    want = sd15.vae.state_dict()
-    assert all(torch.equal(tensor, want[key]) for key, tensor in again.vae.state_dict().items())
+    for name in ("vae", "unet", "text_encoder"):
+        part = getattr(sd15, name)
+        shutil.rmtree(tmp_path / "base" / name)
+        size = "20KB" if name == "text_encoder" else "100KB"
+        part.save_pretrained(tmp_path / "base" / name, variant=variant, max_shard_size=size)
+        assert len(list((tmp_path / "base" / name).glob(f"*.{variant}-0000*.safetensors"))) > 1
+    export_folder(tmp_path / "base", tmp_path / "base", tmp_path / "out", windows=4, dtype="fp32")
+    again, ours = DiffusionPipeline.from_pretrained(tmp_path / "out"), family("sd15").load(tmp_path / "base")
+    for name, read in {"vae": ours.vae, "unet": ours.unet, "text_encoder": ours.text_encoders[0]}.items():
+        want = getattr(sd15, name).state_dict()
+        for part in (getattr(again, name), read):
+            assert all(torch.equal(tensor, want[key]) for key, tensor in part.state_dict().items())
+    index = tmp_path / "base" / "unet" / f"diffusion_pytorch_model.safetensors.index.{variant}.json"
+    index.write_text("{")
+    with pytest.raises(UserError, match=f"index.{variant}.json is no readable index of shards"):
+        export_folder(tmp_path / "base", tmp_path / "base", tmp_path / "again", windows=4)
+
+
+def test_several_variants_and_none_to_prefer_are_refused(trained, tmp_path):
+    base, _, state = trained
+    folder = shutil.copytree(base, tmp_path / "base")
+    plain = folder / "vae/diffusion_pytorch_model.safetensors"
+    for name in ("v0-fix", "v0-sync"):
+        shutil.copy(plain, folder / f"vae/diffusion_pytorch_model.{name}.safetensors")
+    export_folder(folder, state, tmp_path / "plain", windows=4)
+    plain.unlink()
+    with pytest.raises(UserError, match="vae holds 2 variants .*v0-fix.safetensors, .*v0-sync.*leave only one"):
+        export_folder(folder, state, tmp_path / "out", windows=4)
+    with pytest.raises(UserError, match="vae holds 2 variants"):
+        family("sdxl").load(folder, parts=("vae",))
+
+
+@pytest.mark.parametrize("dtype, said", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16"), ("fp32", "")])
+def test_the_card_says_how_to_load_halves(trained, tmp_path, dtype, said):
+    base, _, state = trained
+    export_folder(base, state, tmp_path / "out", windows=4, dtype=dtype)
+    text = (tmp_path / "out/README.md").read_text()
+    assert ("leave `variant` out" in text) == bool(said) and (not said or f"`torch_dtype={said}`" in text)
+    kind = getattr(torch, said.removeprefix("torch.") or "float32")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", **({"torch_dtype": kind} if said else {}))
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == kind
 
 
 def test_merging_a_delta_into_another_model_and_exporting_it(trained, tmp_path):

@@ -73,6 +73,22 @@ def test_published_perflow_deltas(reflow, models, here, capsys, name):
         reflow(*merge, "--delta", published, "--out", "b")
 
 
+def test_a_whole_pipeline_of_one_variant_merges_and_samples(reflow, models, here):
+    """As PeRFlow's SDXL pipelines are published: every part has weights of the variant "v0-fix" alone."""
+    place, delta = models
+    shutil.copytree(place / "sd15", here / "plain")
+    custom = load_file(place / "sd15" / UNET)
+    tiny_pipelines.sd15().from_pretrained("plain").save_pretrained("fine-tune", variant="v0-fix")
+    assert not list((here / "fine-tune").rglob("*_model.safetensors"))
+    assert reflow("sample", "--model", "fine-tune", "--prompt", "abc", "--steps", 2, "--out", "drawn") == 0
+    merge = ("merge", "--base", "fine-tune", "--delta", place / "delta.safetensors", "--dtype", "fp32")
+    assert reflow(*merge, "--out", "fast") == 0
+    again = tiny_pipelines.sd15().from_pretrained("fast")
+    assert all(torch.equal(again.unet.state_dict()[key], custom[key] + delta[key]) for key in delta)
+    names = {file.name for file in (here / "fast").rglob("*.safetensors")}
+    assert names == {"diffusion_pytorch_model.safetensors", "model.safetensors"}
+
+
 def test_an_inpainting_model_takes_the_delta_but_for_its_first_convolution(reflow, models, here, capsys):
     place, delta = models
     parts = tiny_pipelines.sd15().components

@@ -8,6 +8,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.models import Conditioning, denoise, digits, family
+from reflow.models.folder import find_folder
 
 
 def tiny_sd15(folder):
@@ -220,12 +221,44 @@ def test_missing_tokenizer(broken):
         family("digits").load(broken)
 
 
-def test_weights_of_a_variant_load(broken):
+@pytest.mark.parametrize("variant", ["fp16", "v0-fix"])
+def test_weights_of_a_variant_load(broken, variant):
     for file in broken.rglob("*.safetensors"):
-        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+        file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
     base = family("digits").load(broken)
     stock = family("digits").load("builtin")
     assert all(torch.equal(a, b) for a, b in zip(base.unet.parameters(), stock.unet.parameters(), strict=True))
+
+
+UNET = "unet/diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    "files, variant",
+    [
+        ([f"{UNET}.v0-fix.safetensors", "vae/diffusion_pytorch_model.safetensors"], "v0-fix"),
+        ([f"{UNET}.fp16.safetensors", f"{UNET}.v0-fix.safetensors"], "fp16"),
+        ([f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.safetensors.index.fp16.json"], "fp16"),
+        ([f"{UNET}.safetensors", f"{UNET}.fp16.safetensors"], None),
+        ([f"{UNET}.bin", f"{UNET}.v0-fix.safetensors"], "v0-fix"),
+        ([f"{UNET}.bin"], None),
+        (None, None),
+    ],
+)
+def test_the_variant_of_a_hub_repository_is_downloaded(monkeypatch, tmp_path, files, variant):
+    """Without its name diffusers downloads the configs, and no weights."""
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    def listed(self, name):
+        if files is None:
+            raise ConnectionError("offline")
+        return files
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, variant: asked.append((name, variant)) or tmp_path)
+    assert find_folder("some/model") == tmp_path and asked == [("some/model", variant)]
 
 
 def test_a_resolution_that_does_not_fit():
