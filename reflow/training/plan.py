@@ -14,6 +14,7 @@ from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
+from reflow.training.ema import half_life_at
 
 GIB = 2**30
 CARDS = (24, 48, 80, 141)
@@ -45,7 +46,7 @@ def describe(recipe: Recipe) -> str:
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all")
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all{ema_said(recipe, i)}")
     lines.append(f"the run: {whole:.3g} FLOP, {whole / RATE / 3600:.3g} GPU hours at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
     lines += ["", f"expected memory a rank in GiB (estimated; {activation(counts):.3f} for every sample of a micro-batch come on top, "
                   f"{activation(counts, True):.3f} with gradient checkpointing, and workspaces):"]
@@ -63,6 +64,16 @@ def describe(recipe: Recipe) -> str:
         cells = [" / ".join(shown(fitting(states, size, card)) for size in (counts.saved, counts.checkpointed)) for card in CARDS]
         lines.append(f"  {name:44}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+def ema_said(recipe: Recipe, index: int) -> str:
+    """The EMA's half-life at the end of a stage, which its ramp may keep below the recipe's."""
+    train = recipe.train
+    if not train.ema_half_life:
+        return "; no EMA"
+    held = half_life_at(train.ema_half_life, train.ema_warmup, -(-recipe.stages[index].samples // train.batch_size) * train.batch_size)
+    why = f" ({train.ema_warmup:.0%} of it; the recipe's {train.ema_half_life:,.0f} are not reached)" if held < train.ema_half_life else ""
+    return f"; EMA half-life {held:,.0f} samples at its end{why}"
 
 
 def tera(flops: float) -> str:

@@ -20,7 +20,7 @@ from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
 from reflow.recipes.settings import Recipe
-from reflow.training import engine, loop, networks, stages
+from reflow.training import engine, loop, networks, rules, stages
 from reflow.training.checkpoint import write_atomic
 from reflow_kernels import backend_report
 
@@ -35,7 +35,7 @@ def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: boo
             raise UserError(f"--run-dir {run_dir} is not empty and holds no run of reflow; give a new folder.")
         return
     before = reading.load(str(saved))
-    changed = reading.changed_keys(before, recipe)
+    changed = reading.changed_keys(before, recipe) + rules.changed(run_dir, recipe)
     if changed and not allow_config_change:
         raise UserError(f"--run-dir {run_dir} holds a run of recipe '{before.name}' whose settings differ from the ones given: "
                         f"{'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. Use another --run-dir, the old values, or "
@@ -121,6 +121,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     device, base, data = begin(recipe)
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        rules.write(run_dir)
         write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
     dist.barrier()
     wait_until_shared(run_dir)
