@@ -59,6 +59,12 @@ def check_shapes(recipe: Recipe, data: Shaped) -> None:
     stored = next((i for i, stage in enumerate(recipe.stages) if stage.stored), None)
     if stored is not None:
         data.need_one_shape(f"stages.{stored} with stored pairs")
+    for i, stage in enumerate(recipe.stages):
+        part, share = recipe.train.micro_batch // stage.chords_per_solve, len(stages.trained(stage))
+        if len(data.groups) > 1 and recipe.objective.starts == "noise" and part % share and share % part:
+            raise UserError(f"With images of several sizes and objective.starts = 'noise' the windows of a trajectory must not be shared by micro-batches "
+                            f"of two sizes: stages.{i} trains {share} windows on {part} solves a micro-batch (train.micro_batch / chords_per_solve); "
+                            f"make one of the two a multiple of the other.")
     micro = min(recipe.train.micro_batch, max(1, recipe.train.batch_size // dist.get_world_size()))
     if len(data.groups) > 1 and recipe.train.micro_batch % micro:
         raise UserError(f"With images of several sizes each rank's micro-batch, here {micro} samples, must divide train.micro_batch = "
