@@ -47,7 +47,8 @@ def describe(recipe: Recipe) -> str:
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all"
+                     f"{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
     lines.append(f"the run: {whole:.3g} FLOP, {whole / RATE / 3600:.3g} GPU hours at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
     lines += ["", f"expected memory a rank in GiB (estimated; {activation(counts):.3f} for every sample of a micro-batch come on top, "
                   f"{activation(counts, True):.3f} with gradient checkpointing, and workspaces):"]

@@ -96,7 +96,9 @@ def losses(folder):
     return [r["loss"] for r in records if r["event"] == "train"]
 
 
-@pytest.mark.parametrize("overrides", [(), ("stages.0.pairs=22",), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root")], ids=lambda o: o[0] if o else "")
+@pytest.mark.parametrize("overrides", [
+    (), ("stages.0.pairs=22",), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
+], ids=lambda o: o[0] if o else "")
 def test_a_cut_run_from_noise_ends_bit_equal_and_other_micro_batches_agree_to_rounding(tmp_path, overrides):
     def recipe(micro):
         return tiny.recipe(tmp_path, *NOISE, f"train.micro_batch={micro}", "log.every=16", "stages.0.samples=48", "stages.1.samples=32", *overrides)
