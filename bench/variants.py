@@ -79,14 +79,14 @@ class Tail:
         self.optimizer.zero_grad(set_to_none=True)
 
     def average(self, batch: int, step: int) -> None:
-        self.ema.update(decay(self.half_life, batch, step, self.warmup))
+        self.ema.update(decay(self.half_life, self.warmup, batch * step, batch))
 
 
 class LoopTail(Tail):
     """The same with the EMA as a Python loop over parameters."""
 
     def average(self, batch: int, step: int) -> None:
-        average(self.ema.average, self.masters, decay(self.half_life, batch, step, self.warmup))
+        average(self.ema.average, self.masters, decay(self.half_life, self.warmup, batch * step, batch))
 
 
 class Engine:
@@ -245,7 +245,7 @@ def published(scene: Scene, recipe: Recipe, *, cached: bool = False, always_guid
         recipe.data.caption_drop,
         weight,
         recipe.train.clip,
-        decay(recipe.train.ema_half_life, recipe.train.batch_size, 1000, False),
+        decay(recipe.train.ema_half_life, 0.0, 0, recipe.train.batch_size),
     )
     data, encoded = scene.data, None
     if cached:

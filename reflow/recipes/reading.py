@@ -16,8 +16,17 @@ from reflow.recipes.settings import Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
 FREE_SECTIONS = ("validate", "checkpoint", "log", "name")
-# Keys that decide where the same numbers lie and how a batch is cut; as with the number of ranks, results then agree to rounding.
-FREE_KEYS = ("train.zero_stage", "train.micro_batch", "train.offload", "teacher.offload")
+# Keys that decide where the same numbers lie, how a batch is cut and which kernels compute it, each with the reason why it may change between a run
+# and its resumption: the result is then equal to rounding, as with the number of ranks. Nothing else may.
+FREE_KEYS = {
+    "train.zero_stage": "ranks share the same masters, gradients and weights in another way",
+    "train.micro_batch": "the same samples of a batch, in other parts; sums run in another order",
+    "train.offload": "the same optimizer step, on the CPU",
+    "teacher.offload": "the same weights, copied up for every solve",
+    "model.gradient_checkpointing": "the same blocks, computed a second time instead of kept",
+    "model.compile": "the same blocks, fused otherwise",
+    "model.attention": "the same attention, by another kernel",
+}
 
 
 def available() -> list[str]:
@@ -189,10 +198,18 @@ def toml_value(value: Any) -> str:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Algorithm keys that differ between two recipes, as 'section.key: old -> new'."""
-    flat_old, flat_new = flatten(old.resolved()), flatten(new.resolved())
-    keys = sorted(set(flat_old) | set(flat_new))
-    return [f"{k}: {flat_old.get(k)!r} -> {flat_new.get(k)!r}" for k in keys
-            if k.split(".")[0] not in FREE_SECTIONS and k not in FREE_KEYS and flat_old.get(k) != flat_new.get(k)]
+    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in differing(old, new).items() if k not in FREE_KEYS]
+
+
+def free_changes(old: Recipe, new: Recipe) -> dict[str, str]:
+    """The keys of FREE_KEYS that differ between two recipes, with 'old -> new'."""
+    return {k: f"{toml_value(a)} -> {toml_value(b)}" for k, (a, b) in differing(old, new).items() if k in FREE_KEYS}
+
+
+def differing(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """(old, new) of every key outside the free sections whose values differ."""
+    a, b = flatten(old.resolved()), flatten(new.resolved())
+    return {k: (a.get(k), b.get(k)) for k in sorted(set(a) | set(b)) if k.split(".")[0] not in FREE_SECTIONS and a.get(k) != b.get(k)}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,12 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Loss = Literal["aligned_v", "mse", "pseudo_huber"]
+EMA_WARMUP = 0.1
+
+
+def share_of_switch(value: Any) -> Any:
+    """`ema_warmup` was true or false in older recipes: the default share, or none."""
+    return (EMA_WARMUP if value else 0.0) if isinstance(value, bool) else value
 
 
 class Section(pydantic.BaseModel):
@@ -103,7 +109,7 @@ class Train(Section):
     weight_decay: NonNegativeFloat = 0.0
     clip: NonNegativeFloat = 1.0
     ema_half_life: NonNegativeFloat = 10_000
-    ema_warmup: bool = True
+    ema_warmup: Annotated[Fraction, pydantic.BeforeValidator(share_of_switch)] = EMA_WARMUP
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     offload: bool = False

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def decay(half_life: float, batch: int, step: int, warmup: bool) -> float:
-    """Decay of optimizer step `step` (from 0). `half_life` is in samples; the warm-up min(d, (1+i)/(10+i)) forgets the start faster."""
-    full = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
-    return min(full, (1 + step) / (10 + step)) if warmup else full
+def half_life_at(half_life: float, warmup: float, done: int) -> float:
+    """The half-life h(n) in samples that holds after `done` = n samples of a stage: min(half_life, warmup * n), or half_life for warmup 0.
+
+    warmup is a share, 0 to 1: the average never looks back beyond about that share of what the stage has trained, and the
+    recipe's own half-life is reached after half_life / warmup samples, in a shorter stage never.
+    """
+    return min(half_life, warmup * done) if warmup else half_life
+
+
+def decay(half_life: float, warmup: float, done: int, batch: int) -> float:
+    """What an optimizer step of `batch` samples leaves of the average, after `done` samples of the stage before it. All counts in samples.
+
+    It is 2 ** -(integral of dn / h(n) from done to done + batch) with h of `half_life_at`, taken exactly: (a / b) ** (ln 2 / warmup) from a to
+    b samples while the ramp lasts (the power function of EDM2, arXiv 2312.02696), 0.5 ** ((b - a) / half_life) after it. Two steps of half the
+    batch therefore leave as much as one of the whole, and the first step of a ramp leaves nothing of what the stage started from.
+    """
+    if half_life <= 0:
+        return 0.0
+    end = done + batch
+    ramp = half_life / warmup if warmup else 0.0  # samples until the recipe's own half-life holds
+    a, b = min(done, ramp), min(end, ramp)
+    rising = (a / b) ** (math.log(2) / warmup) if b else 1.0
+    return rising * 0.5 ** (((end - b) - (done - a)) / half_life)
 
 
 class Ema:

@@ -151,7 +151,7 @@ class Loop:
                 with clock.part("data" if stage.stored else "teacher"):
                     solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
                 self.micro_step(engine, flow, solved, samples, rate, meter, clock, step)
-            ema.update(decay(train.ema_half_life, train.batch_size, step, train.ema_warmup))
+            ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
             step, done = step + 1, done + train.batch_size
             bar.advance(train.batch_size)
             last = step == steps

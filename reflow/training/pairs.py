@@ -40,6 +40,8 @@ def describe(solver: Solver) -> dict[str, Any]:
         "teacher's weights": digest(v for k, v in solver.teacher.state_dict().items() if "lora_" not in k),
         "data": digest(_tensors(solver)),
     }
+    if solver.share > 1:
+        told["pairs of one trajectory"] = solver.share
     if flow.stage.teacher == "previous":
         told["student.prediction_type"] = recipe.student.prediction_type
         told["student.network_time"] = recipe.student.network_time
@@ -75,7 +77,8 @@ class PairStore:
     def __init__(self, folder: pathlib.Path, solver: Solver, count: int) -> None:
         solver.data.need_one_shape("A store of pairs")
         self.folder, self.solver, self.count = folder, solver, count
-        self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+        self.chunk = max(1, CHUNK // solver.share) * solver.share  # of whole trajectories
+        self.chunks = [range(first, min(first + self.chunk, count)) for first in range(0, count, self.chunk)]
 
     def path(self, chunk: int) -> pathlib.Path:
         return self.folder / f"pairs-{chunk:05d}.safetensors"
@@ -84,7 +87,7 @@ class PairStore:
         """Solve what is missing; a killed run goes on where it was. False if `stop` asked to leave before the end."""
         rank, world = dist.get_rank(), dist.get_world_size()
         self.folder.mkdir(parents=True, exist_ok=True)
-        batch = self.solver.recipe.teacher.batch_size
+        batch = self.solver.recipe.teacher.batch_size * self.solver.share  # windows solved at once: one of each trajectory
         for c in range(rank, len(self.chunks), world):
             if not self.path(c).exists():
                 if stop():
@@ -121,7 +124,7 @@ class PairStore:
 
     def rows(self, name: str, pairs: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] of one tensor for pair numbers [B], on the CPU."""
-        return torch.stack([self.parts[p // CHUNK][name][p % CHUNK] for p in pairs.tolist()])
+        return torch.stack([self.parts[p // self.chunk][name][p % self.chunk] for p in pairs.tolist()])
 
     def __call__(self, indices: list[int]) -> Solved:
         """Pairs for the given global solve indices; every epoch over the store visits each pair once, in an order of its own."""

@@ -14,6 +14,8 @@ from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
+from reflow.training.ema import half_life_at
+from reflow.training.solves import windows_solved
 
 GIB = 2**30
 CARDS = (24, 48, 80, 141)
@@ -45,7 +47,8 @@ def describe(recipe: Recipe) -> str:
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all")
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all"
+                     f"{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
     lines.append(f"the run: {whole:.3g} FLOP, {whole / RATE / 3600:.3g} GPU hours at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
     lines += ["", f"expected memory a rank in GiB (estimated; {activation(counts):.3f} for every sample of a micro-batch come on top, "
                   f"{activation(counts, True):.3f} with gradient checkpointing, and workspaces):"]
@@ -63,6 +66,16 @@ def describe(recipe: Recipe) -> str:
         cells = [" / ".join(shown(fitting(states, size, card)) for size in (counts.saved, counts.checkpointed)) for card in CARDS]
         lines.append(f"  {name:44}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+def ema_said(recipe: Recipe, index: int) -> str:
+    """The EMA's half-life at the end of a stage, which its ramp may keep below the recipe's."""
+    train = recipe.train
+    if not train.ema_half_life:
+        return "; no EMA"
+    held = half_life_at(train.ema_half_life, train.ema_warmup, -(-recipe.stages[index].samples // train.batch_size) * train.batch_size)
+    why = f" ({train.ema_warmup:.0%} of it; the recipe's {train.ema_half_life:,.0f} are not reached)" if held < train.ema_half_life else ""
+    return f"; EMA half-life {held:,.0f} samples at its end{why}"
 
 
 def tera(flops: float) -> str:
@@ -157,11 +170,28 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:
 
 
 def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -> tuple[float, int]:
-    """(network rows of the teacher a student sample, windows that are solved) of a stage. Starts from noise pay for the way there."""
+    """(network rows of the teacher a student sample, windows that are kept) of a stage."""
     stage = recipe.stages[index]
-    solves = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
-    windows = 1 if recipe.objective.starts == "data" else int(flow.active.max()) + 1
-    return solves * windows * flow.solver.evaluations / stage.samples, solves
+    kept = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
+    solved = kept if recipe.objective.starts == "data" else windows_solved(flow.active.tolist(), kept, batch_of(recipe, index, flow))
+    return solved * flow.solver.evaluations / stage.samples, kept
+
+
+def batch_of(recipe: Recipe, index: int, flow: stages.StageFlow) -> int:
+    """Pairs that are solved together on one rank."""
+    stage = recipe.stages[index]
+    return recipe.teacher.batch_size * len(flow.active) if stage.pairs else recipe.train.micro_batch // stage.chords_per_solve
+
+
+def cut_said(recipe: Recipe, index: int, flow: stages.StageFlow) -> str:
+    """What it costs that micro-batches cut the teacher's trajectories from noise; '' where they do not."""
+    stage, share = recipe.stages[index], len(flow.active)
+    if recipe.objective.starts == "data" or stage.stored or not batch_of(recipe, index, flow) % share:
+        return ""
+    solves = -(-stage.samples // stage.chords_per_solve)
+    least, real = (windows_solved(flow.active.tolist(), solves, part) for part in (share, batch_of(recipe, index, flow)))
+    return (f"; micro-batches of {batch_of(recipe, index, flow)} solves cut trajectories of {share} windows, which costs {real / least:.3g} times the "
+            f"solves: make train.micro_batch a multiple of {share * stage.chords_per_solve}")
 
 
 def state_bytes(optimizer: str) -> float:

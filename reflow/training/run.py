@@ -20,26 +20,40 @@ from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
 from reflow.recipes.settings import Recipe
-from reflow.training import engine, loop, networks, stages
+from reflow.training import engine, loop, networks, rules, stages
 from reflow.training.checkpoint import write_atomic
 from reflow_kernels import backend_report
 
 
-def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: bool) -> None:
-    """Refuse a folder that holds another recipe's run or something else. Nothing is written here."""
+def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: bool) -> dict[str, str]:
+    """Refuse a folder that holds another recipe's run or something else. Nothing is written here.
+
+    Returns what has changed since the run was last started and may: 'old -> new' by key.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; give the name of a folder that is new or holds this run.")
     saved = run_dir / "recipe.toml"
     if not saved.exists():
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir} is not empty and holds no run of reflow; give a new folder.")
-        return
+        return {}
     before = reading.load(str(saved))
-    changed = reading.changed_keys(before, recipe)
+    changed = reading.changed_keys(before, recipe) + rules.changed(run_dir, recipe)
     if changed and not allow_config_change:
         raise UserError(f"--run-dir {run_dir} holds a run of recipe '{before.name}' whose settings differ from the ones given: "
                         f"{'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. Use another --run-dir, the old values, or "
                         f"--allow-config-change to go on with the new ones.")
+    return reading.free_changes(before, recipe)
+
+
+def say_free_changes(changes: dict[str, str], data: Shaped, allow_config_change: bool) -> None:
+    """One line for each key that changed and may. Raises UserError where these data make it change the order of samples."""
+    if "train.micro_batch" in changes and len(data.groups) > 1 and not allow_config_change:
+        raise UserError(f"train.micro_batch = {changes['train.micro_batch']}: with images of several sizes every micro-batch holds one size, so another "
+                        f"micro_batch takes the images in another order. Write the old value, or --allow-config-change to go on in the new order.")
+    if dist.get_rank() == 0:
+        for key, change in changes.items():
+            print(f"The run resumes with {key} = {change} (results equal to rounding).", flush=True)
 
 
 def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | StreamDataset:
@@ -60,6 +74,12 @@ def check_shapes(recipe: Recipe, data: Shaped) -> None:
     stored = next((i for i, stage in enumerate(recipe.stages) if stage.stored), None)
     if stored is not None:
         data.need_one_shape(f"stages.{stored} with stored pairs")
+    for i, stage in enumerate(recipe.stages):
+        part, share = recipe.train.micro_batch // stage.chords_per_solve, len(stages.trained(stage))
+        if len(data.groups) > 1 and recipe.objective.starts == "noise" and part % share and share % part:
+            raise UserError(f"With images of several sizes and objective.starts = 'noise' the windows of a trajectory must not be shared by micro-batches "
+                            f"of two sizes: stages.{i} trains {share} windows on {part} solves a micro-batch (train.micro_batch / chords_per_solve); "
+                            f"make one of the two a multiple of the other.")
     micro = min(recipe.train.micro_batch, max(1, recipe.train.batch_size // dist.get_world_size()))
     if len(data.groups) > 1 and recipe.train.micro_batch % micro:
         raise UserError(f"With images of several sizes each rank's micro-batch, here {micro} samples, must divide train.micro_batch = "
@@ -118,10 +138,12 @@ def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDat
 
 def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
     """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
-    open_run_dir(run_dir, recipe, allow_config_change)
+    changes = open_run_dir(run_dir, recipe, allow_config_change)
     device, base, data = begin(recipe)
+    say_free_changes(changes, data, allow_config_change)
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        rules.write(run_dir)
         write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
     dist.barrier()
     wait_until_shared(run_dir)

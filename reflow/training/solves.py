@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,44 +41,59 @@ class Solved:
 
 
 class Solver:
-    """Solves by global index: which item, noise and dropped caption a solve has depends on (seed, stage, index) alone."""
+    """Solves by global index: which item, noise and dropped caption a solve has depends on (seed, stage, index) alone.
+
+    From data every solve has draws of its own. From noise a trajectory of the teacher gives a pair for each of the K trained windows:
+    solve i is window i % K of trajectory i // K, and the draws are the trajectory's.
+    """
 
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
         self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
         self.dtype = solver_dtype(recipe)
+        self.active: list[int] = flow.active.tolist()
+        self.share = len(self.active) if recipe.objective.starts == "noise" else 1  # consecutive solves that have the same draws
         self.captured: CapturedSolve | None = None
         self.parked = teachers.park(teacher, device) if recipe.teacher.offload else None
         self.rounding = teachers.to_fp8(self, recipe.teacher.fp8_max_error) if recipe.teacher.precision == "fp8" else None
 
     def inputs(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Items [B], dropped [B] bool and noise [B,C,h,w] of the solves, on the CPU."""
+        return self.drawn([i // self.share for i in indices])
+
+    def drawn(self, draws: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`inputs` by the number of the draw: a solve's own or, from noise, its trajectory's."""
         seed, stage = self.recipe.train.seed, self.flow.index
-        block = self.recipe.train.micro_batch // self.flow.stage.chords_per_solve
-        items = torch.tensor(sampler.items_of(seed, stage, indices, self.data.counts, block))
-        drop, noise = sampler.solve_draws(seed, stage, indices, self.data.group_of(items).shape)
+        items = torch.tensor(self.items(draws))
+        drop, noise = sampler.solve_draws(seed, stage, draws, self.data.group_of(items).shape)
         return items, drop < self.recipe.data.caption_drop, noise
+
+    def items(self, draws: list[int]) -> list[int]:
+        block = max(1, self.recipe.train.micro_batch // self.flow.stage.chords_per_solve // self.share)
+        return sampler.items_of(self.recipe.train.seed, self.flow.index, draws, self.data.counts, block)
 
     def by_shape(self, indices: list[int]) -> list[list[int]]:
         """The indices in lists whose latents have one shape each; one list where the data have one shape."""
-        block = self.recipe.train.micro_batch // self.flow.stage.chords_per_solve
-        items = sampler.items_of(self.recipe.train.seed, self.flow.index, indices, self.data.counts, block)
-        return [indices[run] for run in self.data.runs(items)]
+        return [indices[run] for run in self.data.runs(self.items([i // self.share for i in indices]))]
 
     def __call__(self, indices: list[int]) -> Solved:
-        items, dropped, noise = self.inputs(indices)
+        from_noise = self.recipe.objective.starts == "noise"
+        draws = [i // self.share for i in indices]
+        different = list(dict.fromkeys(draws)) if from_noise else draws
+        items, dropped, noise = self.drawn(different)
         window = self.flow.window_of(torch.tensor(indices, device=self.device))
         student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
         taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
-        # Contiguous, as networks answer: an operand in another order than the others would be copied by every fused op.
-        latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
         noise = noise.to(self.device)
         with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
-            z_start = self.flow.table.start(latent, noise, window) if self.recipe.objective.starts == "data" else None
-            if z_start is not None:
-                z_end = self.solve(z_start, window, self.teacher_rows(taught, items))
-            else:
-                z_start, z_end = self.from_noise(noise, window, self.teacher_rows(taught, items))
-        return Solved(z_start, z_end, window, student)
+            if from_noise:
+                place = {draw: row for row, draw in enumerate(different)}
+                rows = [place[draw] for draw in draws]
+                z_start, z_end = self.trajectories(noise, rows, [self.active[i % self.share] for i in indices], taught, items)
+                return Solved(z_start, z_end, window, student.select(torch.tensor(rows, device=self.device)))
+            # Contiguous, as networks answer: an operand in another order than the others would be copied by every fused op.
+            latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
+            z_start = self.flow.table.start(latent, noise, window)
+            return Solved(z_start, self.solve(z_start, window, self.teacher_rows(taught, items)), window, student)
 
     def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> torch.Tensor:
         """One window, as a CUDA graph where the recipe says so; a batch of another size than the first is solved plainly."""
@@ -90,18 +106,48 @@ class Solver:
                 return self.captured(z, window, *inputs)
         return self.flow.solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
 
-    def from_noise(self, noise: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's own trajectory from pure noise: each sample keeps both ends of its window."""
-        z, starts, ends = noise, torch.empty_like(noise), torch.empty_like(noise)
-        for k in range(int(self.flow.active.max()) + 1):
-            here = (window == k).view(-1, 1, 1, 1)
-            starts = torch.where(here, z, starts)
-            z = self.solve(z, torch.full_like(window, k), rows)
-            ends = torch.where(here, z, ends)
-        return starts, ends
+    def trajectories(self, noise: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning,
+                     items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both ends [B,C,h,w] of pairs that lie on the teacher's own trajectories from noise [T,C,h,w]: pair b is window windows[b] of
+        trajectory rows[b]. taught, items: of the trajectories. Each of them is solved as far as its last pair needs and no further."""
+        last = [max(w for r, w in zip(rows, windows, strict=True) if r == n) for n in range(len(noise))]
+        starts: dict[int, torch.Tensor] = {}
+        ends: dict[int, torch.Tensor] = {}
+        going, z, conditioning = list(range(len(noise))), noise, self.teacher_rows(taught, items)
+        for k in range(max(last) + 1):
+            kept = [n for n in going if last[n] >= k]
+            if len(kept) < len(going):
+                z = z[torch.tensor([going.index(n) for n in kept], device=self.device)]
+                left = torch.tensor(kept)
+                conditioning = self.teacher_rows(taught.select(left.to(self.device)), items[left])
+                going = kept
+            here = [(b, going.index(r)) for b, (r, w) in enumerate(zip(rows, windows, strict=True)) if w == k]
+            starts.update((b, z[row]) for b, row in here)
+            z = self.solve(z, torch.full((len(z),), k, device=self.device), conditioning)
+            ends.update((b, z[row]) for b, row in here)
+        return tuple(torch.stack([kind[b] for b in range(len(rows))]) for kind in (starts, ends))
 
     def teacher_rows(self, conditioning: Conditioning, items: torch.Tensor) -> Conditioning:
         """Conditioning of the teacher's rows in its dtype; with guidance the items' null rows come first."""
         if self.flow.solver.guidance_scale is not None:
             conditioning = self.data.null_rows(items).to(self.device, torch.float32).cat(conditioning)
         return conditioning.to(self.device, self.dtype)
+
+
+def windows_solved(active: list[int], count: int, part: int) -> int:
+    """Window solves of the teacher for `count` consecutive pairs from noise, taken in batches of `part`.
+
+    A trajectory gives one pair for each of the K active windows and costs max(active) + 1 solves; one that a batch's edge cuts is begun
+    in both batches, so whole trajectories (part a multiple of K) cost least.
+    """
+    share = len(active)
+
+    def solves(first: int, end: int) -> int:
+        # The last pair of a trajectory that lies in the batch says how far it is solved.
+        lasts = {i // share: active[i % share] for i in range(first, end)}
+        return sum(last + 1 for last in lasts.values())
+
+    period = math.lcm(part, share)
+    whole = sum(solves(first, first + part) for first in range(0, period, part)) if count >= period else 0
+    begun = count // period * period
+    return whole * (count // period) + sum(solves(first, min(first + part, count)) for first in range(begun, count, part))

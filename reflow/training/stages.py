@@ -31,6 +31,12 @@ def windows_of(stage: Stage) -> Windows:
     return Windows(stage.edges)
 
 
+def trained(stage: Stage) -> tuple[int, ...]:
+    """Numbers of the windows that a stage trains. Raises ValueError for a half that a window reaches across."""
+    windows = windows_of(stage)
+    return tuple(range(len(windows))) if stage.half == "both" else windows.half(stage.half)
+
+
 def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str, device: torch.device) -> StageFlow:
     """Tables and solver of stage `index`. prediction_type: the base model's, in diffusers' names. Raises UserError with the stage's key."""
     stage = recipe.stages[index]
@@ -45,7 +51,7 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
         else:
             solver = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
                                   guidance_scale=guidance, device=device)
-        active = tuple(range(len(windows))) if stage.half == "both" else windows.half(stage.half)
+        active = trained(stage)
     except ValueError as error:
         raise UserError(f"stages.{index}: {error}") from error
     return StageFlow(index, stage, windows, table, solver, torch.tensor(active, device=device))

@@ -93,7 +93,9 @@ def to_fp8(solver: Solves, limit: float) -> dict[str, Any]:
     One window of each kind is solved before and after. With v = (z_end - z_start) / dt, `relative_error` is |v8 - v| / |v| and
     `one_minus_cosine` 1 - cos(v8, v), each of the worst window. Raises UserError where the former is beyond `limit`.
     """
-    indices = list(range(MEASURED, MEASURED + len(solver.flow.active)))
+    count = len(solver.flow.active)
+    first = -(-MEASURED // count) * count  # of one trajectory, where the stage starts from noise
+    indices = list(range(first, first + count))
     parts = solver.by_shape(indices)
     before = [solver(part) for part in parts]
     said = quantise(solver.teacher, solver.device)

@@ -140,14 +140,14 @@ def test_a_cache_of_buckets_records_what_was_done(base, cache):
 
 
 def test_training_on_buckets_sees_one_shape_at_a_time_and_every_image(cache, tmp_path, monkeypatch):
-    shapes, real = [], Solver.inputs
+    shapes, real = [], Solver.drawn
 
-    def inputs(self, indices):
-        items, dropped, noise = real(self, indices)
+    def drawn(self, draws):
+        items, dropped, noise = real(self, draws)
         shapes.append((tuple(noise.shape), items.tolist()))
         return items, dropped, noise
 
-    monkeypatch.setattr(Solver, "inputs", inputs)
+    monkeypatch.setattr(Solver, "drawn", drawn)
     settings = [
         "data.source=cache",
         f"data.path={cache}",
@@ -167,5 +167,9 @@ def test_training_on_buckets_sees_one_shape_at_a_time_and_every_image(cache, tmp
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     fixed = [w["mse"] for r in records for w in r.get("windows", []) if isinstance(w, dict) and "mse" in w]
     assert losses and np.isfinite(losses).all() and fixed and np.isfinite(fixed).all()
+    shapes.clear()  # trajectories from noise: a half or a whole one a micro-batch
+    noise = ["objective.starts=noise", "stages.0.samples=128", "stages.0.chords_per_solve=1", "stages.0.windows=2", "stages.1.windows=2"]
+    assert run.train(tiny.recipe(tmp_path, *settings, *noise, "validate.every=0"), tmp_path / "noise") == 0
+    assert len({shape[1:] for shape, _ in shapes}) == 3 and {len(items) for _, items in shapes} == {2}
     with pytest.raises(UserError, match=r"stages\.0 with stored pairs needs images of one size"):
         run.train(tiny.recipe(tmp_path, *settings, "stages.0.pairs=16"), tmp_path / "pairs")

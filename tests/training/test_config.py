@@ -80,6 +80,13 @@ def test_changed_keys_are_named_and_free_keys_are_not(tmp_path):
     assert [c.split(":")[0] for c in reading.changed_keys(old, new)] == ["stages.0.samples", "train.seed"]
 
 
+@pytest.mark.parametrize("old, share", [("true", 0.1), ("false", 0.0), ("0.25", 0.25)])
+def test_the_switch_of_older_recipes_is_the_default_share(tmp_path, old, share):
+    assert load(tmp_path, recipe_text(), [f"train.ema_warmup={old}"]).train.ema_warmup == share
+    with pytest.raises(UserError, match="train.ema_warmup"):
+        load(tmp_path, recipe_text(), ["train.ema_warmup=1.5"])
+
+
 @pytest.mark.parametrize("name", [n for n in reading.available() if n.startswith(("sd15", "sdxl"))])
 def test_what_a_recipe_says_of_cards_is_a_recipe(name):
     """Each line of the table at the top, as --set would take it."""

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import types
 
 import pytest
 import tiny
@@ -155,6 +156,38 @@ def test_paged_optimizers_need_a_gpu(tmp_path, name, device):
 
 def test_the_layout_may_change_between_two_starts_and_the_algorithm_not(tmp_path):
     old = tiny.recipe(tmp_path)
-    free = tiny.recipe(tmp_path, "train.zero_stage=2", "train.offload=true", "train.micro_batch=8", "teacher.offload=true")
-    assert reading.changed_keys(old, free) == []
+    free = tiny.recipe(tmp_path, "train.zero_stage=2", "train.offload=true", "train.micro_batch=8", "teacher.offload=true",
+                       "model.gradient_checkpointing=true", "model.compile=true", "model.attention=sdpa")
+    assert reading.changed_keys(old, free) == [] and set(reading.free_changes(old, free)) == set(reading.FREE_KEYS)
+    assert all(reason for reason in reading.FREE_KEYS.values())
+    # None of these changes only rounding, or nothing says so: each stays refused.
+    for override in ("model.channels_last=true", "teacher.batch_size=2", "train.precision=bf16", "train.optimizer=adamw8bit", "train.deterministic=false"):
+        assert len(reading.changed_keys(old, tiny.recipe(tmp_path, override))) == 1
     assert len(reading.changed_keys(old, tiny.recipe(tmp_path, "train.batch_size=32", "teacher.precision=bf16"))) == 2
+
+
+def test_the_first_cure_of_a_full_card_needs_no_permission_and_is_said(tmp_path, capsys):
+    with watch.leaving_after(1):
+        run.train(tiny.short(tmp_path, "log.every=16"), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    assert run.train(tiny.short(tmp_path, "log.every=16"), tmp_path / "whole") == 0
+    capsys.readouterr()
+    smaller = tiny.short(tmp_path, "log.every=16", "train.micro_batch=2", "model.gradient_checkpointing=true", "model.attention=sdpa")
+    assert run.train(smaller, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "The run resumes with train.micro_batch = 4 -> 2 (results equal to rounding)." in said
+    assert "The run resumes with model.gradient_checkpointing = false -> true (results equal to rounding)." in said
+    assert said.count("The run resumes with") == 3
+    a, b = ([json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in ("run", "whole"))
+    a, b = ([r["loss"] for r in records if r["event"] == "train"] for records in (a, b))
+    assert len(a) == 3 and a == pytest.approx(b, rel=1e-4)
+    assert run.train(smaller, tmp_path / "run") == 0 and "The run resumes" not in capsys.readouterr().out
+
+
+def test_a_micro_batch_that_decides_which_images_come_together_may_not_change(tmp_path):
+    two = types.SimpleNamespace(groups=(1, 2))
+    run.engine.init_distributed()
+    with pytest.raises(UserError, match="train.micro_batch = 4 -> 2: with images of several sizes"):
+        run.say_free_changes({"train.micro_batch": "4 -> 2"}, two, False)
+    run.say_free_changes({"train.micro_batch": "4 -> 2"}, two, True)
+    run.say_free_changes({"train.offload": "true -> false"}, two, False)

@@ -1,6 +1,7 @@
 """One rank in this process: what a run leaves, what it refuses, and that it stops where it must."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import time
 import pytest
 import tiny
 import torch
+import watch
 from safetensors.torch import load_file
 
 from reflow.recipes import reading
@@ -70,13 +72,41 @@ def test_ema_is_the_average_that_its_formula_says():
     for step in range(6):
         for w in weights:
             w += torch.randn_like(w)
-        d = ema.decay(100.0, 10, step, True)
-        assert d == min(0.5 ** 0.1, (1 + step) / (10 + step))
+        d = ema.decay(20.0, 0.5, 10 * step, 10)  # the ramp ends after 40 samples
+        assert d == pytest.approx((step / (step + 1)) ** (2 * math.log(2)) if step < 4 else 0.5 ** 0.5)
         average.update(d)
         plain = [d * p + (1 - d) * w for p, w in zip(plain, weights)]
     for a, p in zip(average.average, plain):
         torch.testing.assert_close(a, p)
-    assert ema.decay(100.0, 100, 5, False) == 0.5
+    assert ema.decay(100.0, 0.0, 500, 100) == 0.5 and ema.decay(0.0, 0.1, 500, 100) == 0.0
+
+
+@pytest.mark.parametrize("batches", [1, 3, 8])
+def test_the_ema_looks_back_by_samples_and_not_by_batches(batches):
+    # From 300 to 1,500 samples, across the end of the ramp at 1,000: however the samples are cut, as much is left as the integral says.
+    cut = [300 + 1200 * i / batches for i in range(batches + 1)]
+    left = math.prod(ema.decay(100.0, 0.1, a, b - a) for a, b in zip(cut, cut[1:]))
+    steps = 300 + 0.01 * (torch.arange(120_000, dtype=torch.float64) + 0.5)
+    assert left == pytest.approx(float(2 ** -(0.01 / torch.minimum(torch.tensor(100.0), 0.1 * steps)).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", reading.available())
+def test_the_ema_of_every_recipe_looks_back_as_far_as_the_plan_says(name):
+    recipe = reading.load(name)
+    train = recipe.train
+    for i, stage in enumerate(recipe.stages):
+        steps = -(-stage.samples // train.batch_size)
+        said = ema.half_life_at(train.ema_half_life, train.ema_warmup, steps * train.batch_size)
+        assert said == min(train.ema_half_life, 0.1 * steps * train.batch_size)
+        # Weight of every step in the average that the stage leaves: half of it is younger than about the half-life.
+        weights, rest = [], 1.0
+        for step in reversed(range(steps)):
+            d = ema.decay(train.ema_half_life, train.ema_warmup, step * train.batch_size, train.batch_size)
+            weights.append((1 - d) * rest)
+            rest *= d
+        assert sum(weights) == pytest.approx(1.0) and rest == 0.0
+        half = next(n for n in range(steps) if sum(weights[: n + 1]) >= 0.5)
+        assert 0.9 * said - train.batch_size <= half * train.batch_size <= said
 
 
 @pytest.mark.parametrize("schedule, middle, end", [("constant", 1.0, 1.0), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0244717)])
@@ -179,6 +209,21 @@ def test_changed_algorithm_keys_are_refused_on_resume_unless_allowed(tmp_path):
         run.train(changed, tmp_path / "run")
     assert "log.every" not in str(error.value) and "--allow-config-change" in str(error.value)
     assert run.train(changed, tmp_path / "run", allow_config_change=True) == 0
+
+
+def test_a_run_that_followed_other_rules_does_not_go_on_silently(tmp_path):
+    recipe = tiny.short(tmp_path)
+    with watch.leaving_after(1):
+        run.train(recipe, tmp_path / "run")
+    (tmp_path / "run" / "rules.json").unlink()  # as older versions left it
+    with pytest.raises(UserError, match="train.ema_warmup is now a share .*version 1 -> 2.*--allow-config-change"):
+        run.train(recipe, tmp_path / "run")
+    (tmp_path / "run" / "rules.json").write_text("{")
+    with pytest.raises(UserError, match="rules.json cannot be read"):
+        run.train(recipe, tmp_path / "run")
+    (tmp_path / "run" / "rules.json").unlink()
+    assert run.train(recipe, tmp_path / "run", allow_config_change=True) == 0
+    assert run.train(recipe, tmp_path / "run") == 0
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
