@@ -15,8 +15,8 @@ BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mos
 START = """# Recipe keys
 
 Written by `python -m reflow.recipes.keys` from [settings.py](settings.py), which checks a recipe; do not edit. [digits.toml](digits.toml)
-shows every key where it is used. A key that a recipe leaves out has its default here. On the command line a key is
-`--set section.key=value`, of a stage `--set stages.0.key=value` (0 is the first).
+shows every key where it is used, and `reflow recipe NAME --resolved` prints all of a recipe's values. A key that a recipe leaves out has its
+default here. On the command line a key is `--set section.key=value`, of a stage `--set stages.0.key=value` (0 is the first).
 """
 
 
