@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("reflow.commands.evaluate", "measure a run's students against their teacher"),
     "export": ("reflow.commands.export", "write a run's student as a diffusers folder, a single file or delta weights"),
     "merge": ("reflow.commands.merge", "add delta weights to a base or a custom fine-tune"),
+    "recipe": ("reflow.commands.recipe", "print a recipe as it stands, or with every key"),
     "experiment": ("reflow.commands.experiment", "reproduce a figure or table"),
     "env": ("reflow.commands.env", "say what this machine has and which backends would be used"),
 }

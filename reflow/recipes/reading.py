@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import pathlib
 import tomllib
@@ -37,15 +38,7 @@ def available() -> list[str]:
 
 def load(name: str, overrides: list[str] = ()) -> Recipe:
     """Read a recipe by name or path and apply `section.key=value` overrides. Raises UserError with one sentence."""
-    path = pathlib.Path(name)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise UserError(f"The recipe file {path} does not exist; give an existing .toml file or one of: {', '.join(available())}.")
-        text, where = path.read_text(), str(path)
-    elif name in available():
-        text, where = (resources.files("reflow") / "recipes" / f"{name}.toml").read_text(), f"recipe {name}"
-    else:
-        raise UserError(f"There is no recipe called '{name}'{nearest(name, available())}; the recipes here are: {', '.join(available())}.")
+    text, where = text_of(name)
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -53,6 +46,21 @@ def load(name: str, overrides: list[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(raw, override)
     return parse(raw, where)
+
+
+def text_of(name: str) -> tuple[str, str]:
+    """(the text of a recipe by name or path as it stands, what to call it in a sentence). Raises UserError where there is none to read."""
+    path = pathlib.Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise UserError(f"The recipe file {path} does not exist; give an existing .toml file or one of: {', '.join(available())}.")
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The recipe file {path} cannot be read ({error}); TOML is text in UTF-8.") from error
+    if name in available():
+        return (resources.files("reflow") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
+    raise UserError(f"There is no recipe called '{name}'{nearest(name, available())}; the recipes here are: {', '.join(available())}.")
 
 
 def parse(raw: dict[str, Any], where: str) -> Recipe:
@@ -189,8 +197,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return str(value)

@@ -10,7 +10,6 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
-from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
@@ -24,21 +23,20 @@ RATE = 300e12  # FLOP/s that well-kept bf16 training reaches on an H100 or H200;
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe, then parameters, compute, memory by part and what fits which card, as text."""
+    """Parameters, compute, room on the disk, memory by part and what fits which card, as text."""
     import torch
 
     base, note = find_base(recipe)
     stages.check_compatible(recipe, base.prediction_type)
     latent = latent_of(recipe, base)
     counts = counts_of(recipe, base, latent)
-    lines = [reading.dump(recipe).rstrip(), ""] + ([note] if note else [])
     trained = "" if counts.trained == counts.parameters else f", beside which a LoRA trains {counts.trained:,}"
-    lines.append(f"network: {counts.parameters:,} parameters ({recipe.model.family}, {base.prediction_type}){trained}")
+    lines = ([note] if note else []) + [f"network: {counts.parameters:,} parameters ({recipe.model.family}, {base.prediction_type}){trained}"]
     side = " x ".join(str(n * base.vae_scale_factor) for n in latent[1:])
     again = counts.forward if recipe.model.gradient_checkpointing else 0
     student = counts.forward + counts.backward + again
-    lines.append(f"compute at {side} pixels (counted): {tera(counts.forward)} TFLOP a network row, {tera(counts.forward + counts.backward)} forward and "
-                 f"backward{f', {tera(student)} with checkpointing' if again else ''}")
+    lines.append(f"compute at {side} pixels (counted): {flop(counts.forward)} a network row, {flop(counts.forward + counts.backward)} forward and "
+                 f"backward{f', {flop(student)} with checkpointing' if again else ''}")
     whole = 0.0
     for i, stage in enumerate(recipe.stages):
         flow = stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, torch.device("cpu"))
@@ -47,18 +45,19 @@ def describe(recipe: Recipe) -> str:
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {tera(cost)} TFLOP in all"
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {flop(cost)} in all"
                      f"{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
-    lines.append(f"the run: {whole:.3g} FLOP, {whole / RATE / 3600:.3g} GPU hours at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
-    lines += ["", f"expected memory a rank in GiB (estimated; {activation(counts):.3f} for every sample of a micro-batch come on top, "
-                  f"{activation(counts, True):.3f} with gradient checkpointing, and workspaces):"]
+    lines.append(f"the run: {flop(whole)}, {duration(whole / RATE)} of one GPU at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
+    room = disk(recipe, counts, latent)
+    lines += ["", f"expected room on the disk (counted): {bytes_of(sum(room.values()))} ({listed(room)})",
+              "", f"expected memory a rank (estimated; {bytes_of(counts.saved)} for every sample of a micro-batch come on top, "
+                  f"{bytes_of(counts.checkpointed)} with gradient checkpointing, and workspaces):"]
     for ranks in (1, 2, 8):
         parts = memory(recipe, counts, ranks)
-        listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items() if size)
-        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}: {sum(parts.values()) / GIB:.3f} ({listed})")
-    there = {name: size for name, size in in_cpu_memory(recipe, counts, 1).items() if size}
-    if there:
-        lines.append("  in the CPU's memory, a rank of 1: " + ", ".join(f"{name} {size / GIB:.3f}" for name, size in there.items()))
+        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}: {bytes_of(sum(parts.values()))} ({listed(parts)})")
+    there = in_cpu_memory(recipe, counts, 1)
+    if any(there.values()):
+        lines.append(f"  in the CPU's memory, a rank of 1: {listed(there)}")
     lines += ["", f"largest micro-batch that fits, without / with gradient checkpointing (estimated, {FREE:.0%} of each card; -: not even one):",
               f"  {'':44}" + "".join(f"{f'{card} GB':>12}" for card in CARDS)]
     for name, other, ranks in variants(recipe):
@@ -78,12 +77,36 @@ def ema_said(recipe: Recipe, index: int) -> str:
     return f"; EMA half-life {held:,.0f} samples at its end{why}"
 
 
-def tera(flops: float) -> str:
-    return f"{flops / 1e12:.3g}"
+def amount(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """Three digits in the first unit, of falling size, that the value reaches a tenth of."""
+    size, name = next(((size, name) for size, name in units if value >= 0.1 * size), units[-1])
+    return f"{value / size:.3g} {name}"
 
 
-def activation(counts: Counts, checkpointed: bool = False) -> float:
-    return (counts.checkpointed if checkpointed else counts.saved) / GIB
+def flop(value: float) -> str:
+    return amount(value, ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")))
+
+
+def bytes_of(value: float) -> str:
+    return amount(value, ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))) if value else "0"
+
+
+def duration(seconds: float) -> str:
+    return amount(seconds, ((3600, "hours"), (60, "minutes"), (1, "seconds"), (1e-3, "ms")))
+
+
+def listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {bytes_of(size)}" for name, size in parts.items() if size)
+
+
+def disk(recipe: Recipe, counts: Counts, latent: tuple[int, int, int]) -> dict[str, int]:
+    """Bytes of a run directory by part, but for logs and pictures: `checkpoint.keep` checkpoints and the one being written, each stage's
+    averaged weights in fp32, and the pairs that stages store. Any number of ranks writes the same."""
+    states = counts.trained * (4 + state_bytes(recipe.train.optimizer) + 4)  # masters, moments and the EMA
+    pair = 2 * 4 * latent[0] * latent[1] * latent[2] + 17  # both ends in fp32; item, dropped and window
+    stored = sum(stage.pairs for stage in recipe.stages if not stage.pairs_from)
+    return {f"{recipe.checkpoint.keep + 1} checkpoints": int((recipe.checkpoint.keep + 1) * states),
+            "stage weights": len(recipe.stages) * counts.trained * 4, "stored pairs": stored * pair}
 
 
 def shown(samples: int) -> str:

@@ -65,11 +65,11 @@ def test_help_needs_no_torch_and_names_every_command():
     assert done.returncode == 0 and done.stderr == ""
     heavy = {"torch", "numpy", "pydantic", "diffusers", "transformers"}
     assert "reflow.quiet" in modules.split() and not heavy & set(modules.split())
-    for name in ("train", "sample", "evaluate", "export", "merge", "experiment", "env"):
+    for name in ("train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env"):
         assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in text), name
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "export", "merge", "experiment", "env"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env"])
 def test_help_of_a_command_needs_no_torch(name):
     code = f"import sys; from reflow import cli\ntry: cli.main(['{name}', '--help'])\nfinally: print(*sys.modules)"
     done = fresh("-c", code)

@@ -144,7 +144,7 @@ def test_a_plan_needs_no_weights_and_downloads_nothing(tmp_path, monkeypatch):
     text = plan.describe(recipe(tmp_path, "sd15", "someone/sd15", "model.gradient_checkpointing=true"))
     assert asked == [{"local_files_only": True}]
     assert "not on this disk, so this plan uses the configs of sd15 that ship with reflow" in text
-    assert "0.803 TFLOP a network row, 2.47 forward and backward, 3.28 with checkpointing" in text
+    assert "0.803 TFLOP a network row, 2.47 TFLOP forward and backward, 3.28 TFLOP with checkpointing" in text
     # 3 steps with an unconditional half for each of the 80 samples.
     assert "6 teacher evaluations a student sample, 8.1 TFLOP in all" in text
     assert "in all; EMA half-life 8 samples at its end (10% of it; the recipe's 10,000 are not reached)" in text

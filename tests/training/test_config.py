@@ -6,7 +6,10 @@ import re
 import pytest
 
 from reflow.errors import UserError
-from reflow.recipes import reading
+from reflow.recipes import keys, reading
+
+PLACES = [(name,) for name in reading.fields_at(()) if name not in ("name", "stages")] + [("stages", 0)]
+DIGITS = (pathlib.Path(reading.__file__).parent / "digits.toml").read_text()
 
 
 def recipe_text(extra: str = "", stage: str = "windows = 4\nsolver_steps = 2\nsamples = 1000") -> str:
@@ -97,3 +100,26 @@ def test_what_a_recipe_says_of_cards_is_a_recipe(name):
     for row in rows:
         pairs = [] if row == "as it is" else [part.split(" = ") for part in row.split(", ")]
         reading.load(name, [f"{known[key]}.{key}={value}" for key, value in pairs])
+
+
+def test_the_page_of_keys_is_what_the_settings_say():
+    """After a change of settings.py: python -m reflow.recipes.keys."""
+    assert keys.PAGE.read_text() == keys.page()
+    # A row of everything that a recipe may hold, each with a meaning.
+    rows = [line.split(" | ") for line in keys.page().splitlines() if line.startswith("| `")]
+    assert len(rows) == sum(len(reading.fields_at(place)) for place in PLACES) + 1
+    assert all(len(row) == 4 and len(row[3].strip(" |")) > 5 for row in rows)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0])
+def test_the_digits_recipe_shows_every_key(place):
+    bodies = re.split(r"^\[+(\w+)\]+$", DIGITS, flags=re.M)
+    body = "".join(body for name, body in zip(bodies[1::2], bodies[2::2]) if name == place[0])
+    assert [key for key in reading.fields_at(place) if not re.search(rf"^(# )?{key} = ", body, re.M)] == []
+
+
+@pytest.mark.parametrize("line", re.findall(r"^# (\w+ = .*)$", DIGITS, re.M), ids=lambda line: line.split(" = ")[0])
+def test_a_key_that_the_digits_recipe_shows_as_a_comment_can_be_used_as_it_stands(line, tmp_path):
+    text = DIGITS.replace(f"# {line}", line)
+    recipe = load(tmp_path, text.replace("windows = 8\n", "") if line.startswith("boundaries") else text)
+    assert getattr(recipe.stages[0], line.split(" = ")[0]) is not None and recipe != reading.load("digits")
