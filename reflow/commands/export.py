@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from reflow.export import export_folder, export_single_file, stock_scheduler
     from reflow.export.spec import other_programs
-    from reflow.models import base_path, family
+    from reflow.models import base_path, family_for
     from reflow.sampling import PiecewiseFlowScheduler
     from reflow.weights.delta import student_metadata, write_delta
     from reflow.weights.lora import export_lora, student_state
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     says = student_metadata(
         **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base
     )
-    base = family(recipe.model.family).load(base_path(recipe.model), parts=())
+    base = family_for(recipe.model).load(base_path(recipe.model), parts=())
     says["base_prediction_type"] = base.prediction_type
     card = card_of(folder, recipe, weights)
     count = len(settings["windows"])
@@ -95,8 +95,10 @@ def run(args: argparse.Namespace) -> int:
         for program, how in other_programs(scheduler, stock_scheduler(scheduler)[0] is not None, guidance).items():
             print(f"{program}: {how}")
         return 0
+    # What the student knows as the null prompt is what guidance must take in the folder too.
+    null = {"force_zeros_for_empty_prompt": base.zero_null} if base.family.pooled else {}
     done = export_folder(
-        base.path, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card
+        base.path, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card, pipeline=null
     )
     print(f"diffusers folder of {recipe.name} ({which}): {done.path}")
     print(scheduler_line(done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import shlex
 import sys
@@ -37,6 +38,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="bring every image to the size with the nearest aspect ratio, of these or of the usual table at the "
         "resolution's area",
     )
+    parser.add_argument(
+        "--null-prompt",
+        choices=("base", "zeros", "empty"),
+        default="base",
+        help="what a dropped caption becomes: as the base's own pipeline has it (default), zeros, or an encoded ''",
+    )
     parser.add_argument("--caption", metavar="TEXT", help="of images that have none (default: that is an error)")
     parser.add_argument(
         "--batch-size", type=positive, help="images encoded at once (default: 8 at 512 x 512, fewer for larger ones)"
@@ -53,11 +60,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     prepare_pairs.arguments(parser.add_argument_group("stored pairs: --pairs COUNT --recipe NAME --out DIR"))
 
 
-def load(family: str, base: str, options: dict[str, str], device: str) -> Any:
+def load(family: str, base: str, options: dict[str, str], device: str, null_prompt: str = "base") -> Any:
     """The base's encoders on a device; a worker process calls this too."""
     from reflow.models import registry
 
-    return registry.family(family).load(base, device=device, parts=("vae", "text"), **options)
+    found = dataclasses.replace(registry.family(family), null_prompt=null_prompt)
+    return found.load(base, device=device, parts=("vae", "text"), **options)
 
 
 class Bar:
@@ -101,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     from reflow.data.prepare import Preparation
     from reflow.data.sources import open_source
 
-    loader = functools.partial(load, args.family, args.base, single_file_options(args))
+    options = single_file_options(args)
+    loader = functools.partial(load, args.family, args.base, options, null_prompt=args.null_prompt)
     source = open_source(args.data, caption=args.caption, image_column=args.image_column,
                          caption_column=args.caption_column, split=args.split)  # fmt: skip
     base = loader(workers.device_of(0))
@@ -140,6 +149,7 @@ def hint(args: argparse.Namespace) -> str:
     """The options of `reflow train` that name this cache and the base that it was made for, ready for a shell."""
     keys = {"data.source": "cache", "data.path": args.out, "model.base": args.base}
     keys |= {"model.tokenizer": args.tokenizer, "model.config": args.config}
-    keys |= {"model.prediction_type": args.base_prediction_type}
-    given = {key: value for key, value in keys.items() if value and (key, value) != ("model.base", "builtin")}
+    keys |= {"model.prediction_type": args.base_prediction_type, "model.null_prompt": args.null_prompt}
+    usual = {("model.base", "builtin"), ("model.null_prompt", "base")}
+    given = {key: value for key, value in keys.items() if value and (key, value) not in usual}
     return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in given.items())

@@ -114,12 +114,12 @@ def find_source(args: argparse.Namespace) -> Source:
     elif args.stage or args.teacher:
         raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
 
-    from reflow.models import base_path, family, family_of
+    from reflow.models import base_path, family_for, family_of
     from reflow.weights.delta import student_settings
     from reflow.weights.files import weight_files
 
     if args.run_dir:
-        base = family(recipe.model.family), base_path(recipe.model)
+        base = family_for(recipe.model), base_path(recipe.model)
         if weights is None:
             return Source(*base, None, {}, f"base of {recipe.name}")
         return Source(*base, weights, reading_of(weights, recipe), f"{recipe.name}, stage {stage_of(weights)}")

@@ -42,12 +42,15 @@ def fingerprint(base: Base) -> dict[str, Any]:
     "encoders; and its UNet, which decides none of them but is the one that a run trains."""
     vae = {k: base.configs["vae"].get(k) for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in base.tokenizers]
-    zeros = base.configs["pipeline"].get("force_zeros_for_empty_prompt", True)
+    told = base.configs["pipeline"].get("force_zeros_for_empty_prompt", True)
+    own = base.family.pooled and bool(told)
+    null = "zeros" if base.zero_null else "empty"
     return {
         "version": VERSION,
         "family": base.family.name,
         "vae": digest_of([base.vae], vae),
-        "text": digest_of(base.text_encoders, words, zeros),
+        "text": digest_of(base.text_encoders, words, told if base.zero_null == own else null),
+        "null": null,
         "unet": digest_of_unet(base),
     }
 
@@ -88,6 +91,13 @@ def check_base(manifest: dict[str, Any], base: Base, folder: Path, other_unet: b
     made, now = manifest["fingerprint"], fingerprint(base)
     names = {"version": "version of the encoding code", "family": "family", "vae": "VAE", "text": "text encoders"}
     wrong = [name for key, name in names.items() if made.get(key) != now[key]]
+    if made.get("null", now["null"]) != now["null"]:
+        wrong = [
+            f"null prompt ({made['null']} there, {now['null']} here: model.null_prompt, and --null-prompt of prepare)"
+            if name == "text encoders"
+            else name
+            for name in wrong
+        ]
     if wrong:
         raise UserError(
             f"The cache {folder} was made by {made.get('family')} at {manifest.get('base')}, and this is "

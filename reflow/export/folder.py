@@ -127,6 +127,7 @@ def export_folder(
     dtype: str | torch.dtype = "fp16",
     card: Mapping[str, Any] | None = None,
     link: bool = False,
+    pipeline: Mapping[str, Any] | None = None,
 ) -> Export:
     """Write a diffusers folder: the student's UNet in ``dtype``, a scheduler, README.md, and every other part of the
     base.
@@ -136,11 +137,12 @@ def export_folder(
     ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data, steps, guidance, evaluation and anything
     else the README should say. ``link`` makes hard links to the base's files instead of copies, where the file system
     can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the dtype that from_pretrained is
-    given. Raises UserError if ``out`` is not empty, the base is incomplete or the weights do not fit.
+    given. ``pipeline`` changes entries of model_index.json. Raises UserError if ``out`` is not empty, the base is
+    incomplete or the weights do not fit.
     """
     base, out = Path(base_path), Path(out)
     refuse_existing(out)
-    index = read_json(base / "model_index.json")
+    index = read_json(base / "model_index.json") | dict(pipeline or {})
     unet_config = read_json(base / "unet" / "config.json")
     scheduler = PiecewiseFlowScheduler.for_student(
         read_json(base / "scheduler" / "scheduler_config.json"),

@@ -2,7 +2,7 @@
 
 from reflow.models.conditioning import Conditioning, denoise
 from reflow.models.family import Base, Family
-from reflow.models.registry import FAMILIES, base_path, family, family_of, register
+from reflow.models.registry import FAMILIES, base_path, family, family_for, family_of, register
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +12,7 @@ __all__ = [
     "base_path",
     "denoise",
     "family",
+    "family_for",
     "family_of",
     "register",
 ]

@@ -107,13 +107,20 @@ class Base:
                 hidden.append(encoder(ids)[0])
         return Conditioning(torch.cat(hidden, -1), pooled, self._time_ids(len(prompts), resolution))
 
+    @property
+    def zero_null(self) -> bool:
+        """Whether the null prompt is zeros instead of an encoded '': what the family's `null_prompt` says, else what the
+        base's own pipeline does (SDXL's `force_zeros_for_empty_prompt`)."""
+        if self.family.null_prompt != "base":
+            return self.family.null_prompt == "zeros"
+        return self.family.pooled and bool(self.configs["pipeline"].get("force_zeros_for_empty_prompt", True))
+
     def null_conditioning(self, batch: int = 1, resolution: int | tuple[int, int] | None = None) -> Conditioning:
-        """The base's null prompt, [batch] rows: zeros if it has `force_zeros_for_empty_prompt`, else encoded ''."""
+        """The null prompt, [batch] rows: zeros or an encoded '', as `zero_null` says."""
         null = self.encode_prompts([""], resolution)
-        if self.family.pooled and self.configs["pipeline"].get("force_zeros_for_empty_prompt", True):
-            null = Conditioning(
-                torch.zeros_like(null.encoder_hidden_states), torch.zeros_like(null.text_embeds), null.time_ids
-            )
+        if self.zero_null:
+            pooled = None if null.text_embeds is None else torch.zeros_like(null.text_embeds)
+            null = Conditioning(torch.zeros_like(null.encoder_hidden_states), pooled, null.time_ids)
         return null.select(torch.zeros(batch, dtype=torch.long, device=null.encoder_hidden_states.device))
 
     def _latent_scale(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
@@ -156,7 +163,8 @@ class Base:
 @dataclass(frozen=True)
 class Family:
     """A kind of base: the pipelines it takes, whether it has pooled text and time ids, its built-in folder if it has
-    one, and the class that encodes and decodes (see README.md of this folder).
+    one, and the class that encodes and decodes (see README.md of this folder). null_prompt: "base", "zeros" or "empty",
+    see `Base.zero_null`.
     """
 
     name: str
@@ -164,6 +172,7 @@ class Family:
     pooled: bool
     builtin: Path | None = None
     base: type[Base] = Base
+    null_prompt: str = "base"
     loader: ClassVar[Callable[..., Base]]  # set where families are registered, so that this file imports no reader
 
     def load(

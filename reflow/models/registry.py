@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,12 @@ def _from_file(path: Path) -> Family:
             raise UserError(f"{path} registers {len(new)} model families; call reflow.models.register in it once.")
         _OF_FILE[path] = FAMILIES[new[0]]
     return _OF_FILE[path]
+
+
+def family_for(model: Model) -> Family:
+    """The family of a recipe's [model] section, with the null prompt that the section asks for."""
+    found = family(model.family)
+    return found if model.null_prompt == "base" else replace(found, null_prompt=model.null_prompt)
 
 
 def base_path(model: Model) -> str | Path:

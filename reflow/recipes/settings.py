@@ -35,6 +35,8 @@ class Model(Section):
     """For a single file: a folder with its configs, where those of SD1.5 or SDXL do not fit."""
     prediction_type: Literal["", "epsilon", "v_prediction"] = ""
     """For a single file that does not say it; empty: what the file says, else epsilon."""
+    null_prompt: Literal["base", "zeros", "empty"] = "base"
+    """What a dropped caption and guidance's other half are: as the base's own pipeline has it, zeros, or an encoded ''."""
     student_weights: str = ""
     """Start the first student from this file instead of the base's own weights."""
     attention: Literal["auto", "sdpa", "xformers", "cudnn", "flash"] = "auto"

@@ -112,7 +112,7 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
 
     The UNet of a LoRA recipe, which is never trained itself, comes at once in the teacher's precision.
     """
-    family = registry.family(recipe.model.family)
+    family = registry.family_for(recipe.model)
     base = family.load(registry.base_path(recipe.model), device=device, parts=("vae", "text"))
     dtype = networks.solver_dtype(recipe) if recipe.model.lora_rank else torch.float32
     base.unet = family.load(registry.base_path(recipe.model), device="cpu", dtype=dtype, parts=("unet",)).unet
