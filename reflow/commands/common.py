@@ -9,6 +9,7 @@ from typing import Any
 from reflow.errors import UserError
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
+from reflow.weights.runs import stage_number
 
 
 def positive(text: str) -> int:
@@ -79,7 +80,7 @@ def student_file(folder: pathlib.Path, recipe: Recipe, stage: int | None) -> pat
 
 def stage_of(weights: pathlib.Path) -> int:
     """The stage, counted from 1, that wrote a run's weights file."""
-    return int(weights.parent.name.removeprefix("stage-")) + 1
+    return stage_number(weights.parent)
 
 
 def reading_of(weights: pathlib.Path, recipe: Recipe) -> dict[str, Any]:

@@ -197,11 +197,13 @@ def evaluation_of(report_file: pathlib.Path, weights: pathlib.Path) -> dict[str,
         return {}
     with open(weights, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    if report.get("weights", {}).get(weights.parent.name) != digest:
+    known = report.get("weights", {})
+    number = stage_of(weights) - ("stage-0" in known)  # reports of earlier versions count from 0
+    if known.get(f"stage-{number}") != digest:
         return {}
     from reflow.evaluation.table import HEAD, rows
 
-    methods = [m for m in report["methods"] if m["stage"] in (None, stage_of(weights) - 1)]
+    methods = [m for m in report["methods"] if m["stage"] in (None, number)]
     settings = report["settings"]
     return {
         "evaluation": [dict(zip(HEAD, cells, strict=True)) for cells in rows(methods, report["differences"])],

@@ -132,7 +132,7 @@ def curves(records: Sequence[Mapping[str, Any]], windows: Sequence[int], path: P
 
     records: the "train" lines of log.jsonl; windows: how many each stage has. False, and no file, if there are none.
     """
-    stages = [[r for r in records if r["stage"] == i and r.get("windows")] for i in range(len(windows))]
+    stages = [[r for r in records if r["stage"] == i + 1 and r.get("windows")] for i in range(len(windows))]
     shown = [i for i, lines in enumerate(stages) if lines]
     if not shown:
         return False

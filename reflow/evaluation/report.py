@@ -29,7 +29,7 @@ def existing(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | Non
         return None
     wanted = {
         "format": FORMAT,
-        "weights": {f"stage-{s.stage}": s.digest() for s in run.students},
+        "weights": {f"stage-{s.stage + 1}": s.digest() for s in run.students},
         "settings": asdict(settings),
     }
     complete = (folder / "index.html").is_file() and all(found.get(key) == value for key, value in wanted.items())

@@ -16,13 +16,14 @@ from reflow.models.family import Base
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.weights.lora import stage_file, student_state
+from reflow.weights.runs import first
 
 
 @dataclass(frozen=True)
 class Student:
     """The EMA student that a finished stage left: its windows, and how its output is read inside them."""
 
-    stage: int
+    stage: int  # a position in the recipe, from 0
     windows: Windows
     path: Path
     prediction_type: str
@@ -61,7 +62,8 @@ class Run:
     students: tuple[Student, ...]
 
     def log(self, event: str) -> list[dict[str, Any]]:
-        """The records of one kind in log.jsonl; a line that a killed run left half written is skipped."""
+        """The records of one kind in log.jsonl, stages counted from 1; a line that a killed run left half written is
+        skipped."""
         path, records = self.folder / "log.jsonl", []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
@@ -69,6 +71,8 @@ class Run:
             except json.JSONDecodeError:
                 continue
             if record.get("event") == event:
+                if "stage" in record:
+                    record["stage"] += 1 - first(self.folder)
                 records.append(record)
         return records
 
@@ -90,7 +94,7 @@ def open_run(folder: str | Path) -> Run:
     )
     if not students:
         raise UserError(
-            f"--run-dir {folder} has no finished stage yet (there are no weights in stage-0); run the "
+            f"--run-dir {folder} has no finished stage yet (there are no weights of stage 1); run the "
             "training command until the first stage is done, then evaluate again."
         )
     return Run(folder, recipe, students)

@@ -196,7 +196,7 @@ class Suite:
             "recipe": run.recipe.name,
             "training_seed": run.recipe.train.seed,
             "settings": asdict(settings),
-            "weights": {f"stage-{s.stage}": s.digest() for s in run.students},
+            "weights": {f"stage-{s.stage + 1}": s.digest() for s in run.students},
             "sampling_seeds": list(range(settings.seeds)),
             "real_scans": len(self.scan_features),
             "classifier": {"held_out_accuracy": self.held_out_accuracy(), "features": judge.FEATURES},
@@ -328,7 +328,7 @@ def named(method: Method) -> dict[str, Any]:
     student = method.student
     return {
         "method": method.label,
-        "stage": None if student is None else student.stage,
+        "stage": None if student is None else student.stage + 1,
         "windows": None if student is None else len(student.windows),
         "steps": method.steps,
     }

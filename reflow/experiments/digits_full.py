@@ -29,6 +29,7 @@ from reflow.evaluation.intervals import t_interval
 from reflow.evaluation.runs import open_run
 from reflow.evaluation.suite import Settings
 from reflow.recipes import reading
+from reflow.weights.runs import stage_folder
 
 NAME = "digits"
 # What a prototype in pixel space reached with another classifier: compare ratios to its teacher's 32 steps.
@@ -97,7 +98,7 @@ def default_ranks() -> int:
 
 def train(recipe: str, folder: Path, overrides: Sequence[str], ranks: int, *, stages: int) -> None:
     """Train one run under the launcher unless it is finished, and note the seconds. UserError if that fails."""
-    if all((folder / f"stage-{i}" / "unet_ema.safetensors").is_file() for i in range(stages)):
+    if all((stage_folder(folder, i) / "unet_ema.safetensors").is_file() for i in range(stages)):
         return
     environment = dict(os.environ)
     if not torch.cuda.is_available():

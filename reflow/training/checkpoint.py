@@ -18,6 +18,7 @@ from reflow.errors import UserError
 from reflow.training import shards
 from reflow.training.ema import Ema
 from reflow.training.engine import Engine
+from reflow.weights.runs import checkpoint_name
 
 LATEST = "latest"
 
@@ -62,7 +63,7 @@ class Checkpoints:
     """run_dir/checkpoints: one folder a checkpoint and a file `latest` that names the newest whole one. All ranks call every method."""
 
     def __init__(self, run_dir: pathlib.Path, keep: int) -> None:
-        self.folder, self.keep = run_dir / "checkpoints", keep
+        self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
 
     def latest(self) -> pathlib.Path | None:
         """The newest checkpoint, or None before the first. Raises UserError where `latest` names a damaged one."""
@@ -77,8 +78,8 @@ class Checkpoints:
         return path
 
     def save(self, engine: Engine, ema: Ema, telemetry: dict[str, torch.Tensor], stage: int, step: int, samples: int) -> pathlib.Path:
-        """Write stage-<i>-<samples>; the folder gets its name, and `latest` its new content, after every rank has finished."""
-        rank, tag = dist.get_rank(), f"stage-{stage}-{samples:09d}"
+        """Write stage-<number, from 1>-<samples> for stage `stage` (from 0); the folder gets its name, and `latest` its new content, after every rank has finished."""
+        rank, tag = dist.get_rank(), checkpoint_name(self.run_dir, stage, samples)
         before = (self.folder / LATEST).read_text() if (self.folder / LATEST).exists() else "the start"
         working, final = self.folder / f".{tag}.tmp", self.folder / tag
         contents = engine.contents()

@@ -29,6 +29,7 @@ from reflow.training.solves import Solved, Solver
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
 from reflow.weights.delta import student_metadata
+from reflow.weights.runs import checkpoint_place, stage_folder
 
 LEFT_EARLY = 75  # EX_TEMPFAIL: the same command goes on
 
@@ -95,10 +96,10 @@ class Loop:
     def run(self) -> int:
         latest = self.checkpoints.latest()
         first = next((i for i in range(len(self.recipe.stages)) if not self.networks.weights_of(i).exists()), len(self.recipe.stages))
-        if latest is not None and int(latest.name.split("-")[1]) != first:
+        if latest is not None and checkpoint_place(latest)[0] != first:
             latest = None
         before = sum(self.steps_of(i) * self.recipe.train.batch_size for i in range(first))
-        done = int(latest.name.split("-")[2]) if latest is not None else 0
+        done = checkpoint_place(latest)[1] if latest is not None else 0
         self.log = Log(self.run_dir, before + done, wandb=self.recipe.log.wandb, name=self.recipe.name,
                        restarted=first if latest is None else None)
         try:
@@ -188,7 +189,7 @@ class Loop:
         count = flow.stage.pairs
         if flow.stage.pairs_from:
             return reuse(pathlib.Path(flow.stage.pairs_from), solver, count)
-        store = PairStore(self.run_dir / f"stage-{flow.index}" / "pairs", solver, count)
+        store = PairStore(stage_folder(self.run_dir, flow.index) / "pairs", solver, count)
         bar = Progress(f"stage {flow.index + 1}, solving pairs", count, 0, self.rank == 0)
         finished = store.fill(lambda n: bar.advance(n * self.world), lambda: self.signals.asked)
         bar.close()

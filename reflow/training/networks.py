@@ -20,6 +20,7 @@ from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, Vie
 from reflow.models.switches import prepare
 from reflow.recipes.settings import Recipe
 from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
+from reflow.weights.runs import stage_folder
 
 
 def solver_dtype(recipe: Recipe) -> torch.dtype:
@@ -51,7 +52,7 @@ class Whole:
 
     def weights_of(self, stage: int) -> pathlib.Path:
         """What a finished stage leaves: the EMA of its student, fp32."""
-        return self.run_dir / f"stage-{stage}" / self.file
+        return stage_folder(self.run_dir, stage) / self.file
 
     def start_of(self, stage: int) -> pathlib.Path | None:
         """The file that a stage's student starts from; None: the base."""

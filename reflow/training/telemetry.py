@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
+from reflow.weights.runs import first
 
 PARTS = ("data", "teacher", "student", "optimizer")
 
@@ -104,8 +105,10 @@ class Log:
         self.path, self.writer, self.wandb = run_dir / "log.jsonl", None, None
         if dist.get_rank() != 0:
             return
+        self.first = first(run_dir)  # number of the first stage
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if stands(line, resume_at, restarted)]
+            again = None if restarted is None else restarted + self.first
+            kept = [line for line in self.path.read_text().splitlines() if stands(line, resume_at, again)]
             temporary = self.path.with_name(".log.jsonl.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self.path)
@@ -121,6 +124,8 @@ class Log:
     def write(self, event: str, total_samples: int, values: dict[str, Any]) -> None:
         if dist.get_rank() != 0:
             return
+        if "stage" in values:
+            values = {**values, "stage": values["stage"] + self.first}
         with open(self.path, "a") as handle:
             handle.write(json.dumps({"event": event, "total_samples": total_samples, **values}) + "\n")
         numbers = dict(scalars(event, values))

@@ -16,14 +16,15 @@ from safetensors import safe_open
 from reflow.errors import UserError
 from reflow.weights.files import State, read_state, write_state
 from reflow.weights.kohya import PARTS, kohya_names
+from reflow.weights.runs import stage_folder
 
 WHOLE_FILE, LORA_FILE = "unet_ema.safetensors", "lora_ema.safetensors"
 PREFIX, (A, B) = "unet.", PARTS
 
 
 def stage_file(run_dir: Path, stage: int) -> Path:
-    """The weights of a run's stage (from 0): the LoRA file if that is there, else the whole student's."""
-    folder = Path(run_dir) / f"stage-{stage}"
+    """The weights of a run's stage (a position, from 0): the LoRA file if that is there, else the whole student's."""
+    folder = stage_folder(run_dir, stage)
     return folder / LORA_FILE if (folder / LORA_FILE).is_file() else folder / WHOLE_FILE
 
 

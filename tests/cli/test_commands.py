@@ -23,7 +23,7 @@ SEVEN = "a handwritten seven"
 
 @pytest.fixture(scope="module")
 def weights(run_dir):
-    return load_file(run_dir / "stage-1" / "unet_ema.safetensors")
+    return load_file(run_dir / "stage-2" / "unet_ema.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_any_folder_of_stable_diffusion_and_published_perflow_ones(reflow, here,
 def test_an_earlier_stage_by_number(reflow, run_dir, here):
     assert reflow("sample", *in_fp32("--run-dir", run_dir, "--stage", 1, "--prompt", SEVEN)) == 0
     base = family("digits").load()
-    base.unet.load_state_dict(load_file(run_dir / "stage-0" / "unet_ema.safetensors"))
+    base.unet.load_state_dict(load_file(run_dir / "stage-1" / "unet_ema.safetensors"))
     assert same("samples/00000.png", sample(base, base.unet, [SEVEN], 4, [0], windows=4).images[0])
 
 
@@ -197,11 +197,11 @@ def test_sources_that_cannot_be_sampled(reflow, run_dir, here):
 
 def test_a_run_of_another_base_is_named(reflow, run_dir, here):
     other = shutil.copytree(run_dir, here / "other")
-    file = other / "stage-1" / "unet_ema.safetensors"
+    file = other / "stage-2" / "unet_ema.safetensors"
     state = load_file(file)
     state["conv_in.weight"] = torch.zeros(32, 5, 3, 3)
     save_file(state, file)
-    with pytest.raises(UserError, match="stage-1/unet_ema.safetensors does not fit the UNet of builtin .*conv_in"):
+    with pytest.raises(UserError, match="stage-2/unet_ema.safetensors does not fit the UNet of builtin .*conv_in"):
         reflow("sample", "--run-dir", other, "--prompt", SEVEN)
 
 
@@ -240,19 +240,19 @@ def report_of(run_dir, weights_digest):
     row = {"frechet": interval, "diversity": interval, "prompt_accuracy": interval, "milliseconds_per_image": 1.25}
     methods = [
         {"method": "teacher", "stage": None, "windows": None, "steps": 32, **row},
-        {"method": "student, 4 windows", "stage": 0, "windows": 4, "steps": 4, "paired_images": interval, **row},
-        {"method": "student, 2 windows", "stage": 1, "windows": 2, "steps": 2, "paired_images": interval, **row},
+        {"method": "student, 4 windows", "stage": 1, "windows": 4, "steps": 4, "paired_images": interval, **row},
+        {"method": "student, 2 windows", "stage": 2, "windows": 2, "steps": 2, "paired_images": interval, **row},
     ]
     (run_dir / "report").mkdir(exist_ok=True)
     settings = {"samples": 1797, "seeds": 3, "teacher_steps": 32}
     report = {"methods": methods, "differences": [], "settings": settings, "real_scans": 1797}
-    report["weights"] = {"stage-1": weights_digest}
+    report["weights"] = {"stage-2": weights_digest}
     (run_dir / "report" / "report.json").write_text(json.dumps(report))
 
 
 def test_the_card_has_recipe_data_and_the_evaluation_of_these_very_weights(reflow, run_dir, here):
     run = shutil.copytree(run_dir, here / "run")
-    digest = hashlib.sha256((run / "stage-1" / "unet_ema.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((run / "stage-2" / "unet_ema.safetensors").read_bytes()).hexdigest()
     report_of(run, digest)
     reflow("export", "--run-dir", run, "--out", "good")
     card = (here / "good" / "README.md").read_text(encoding="utf-8")

@@ -129,10 +129,10 @@ def test_training_streams_and_a_resumed_run_is_bit_equal(tars, tmp_path, monkeyp
     monkeypatch.setattr(Encoder, "latents", failing)
     with pytest.raises(KeyboardInterrupt):
         run.train(recipe, tmp_path / "cut")
-    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text().startswith("stage-0")
+    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text().startswith("stage-1")
     monkeypatch.setattr(Encoder, "latents", latents)
     assert run.train(recipe, tmp_path / "cut") == 0
-    whole, cut = (load_file(tmp_path / name / "stage-1" / "unet_ema.safetensors") for name in ("whole", "cut"))
+    whole, cut = (load_file(tmp_path / name / "stage-2" / "unet_ema.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
     losses = [json.loads(line).get("loss") for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert np.isfinite([loss for loss in losses if loss is not None]).all()

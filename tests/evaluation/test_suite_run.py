@@ -35,14 +35,14 @@ def make_run(folder, unets, log=True):
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(reading.dump(reading.parse(RECIPE, "test")))
     for i, state in enumerate(unets):
-        (folder / f"stage-{i}").mkdir()
+        (folder / f"stage-{i + 1}").mkdir()
         save_file(
-            {k: v.cpu().contiguous() for k, v in state.items()}, str(folder / f"stage-{i}" / "unet_ema.safetensors")
+            {k: v.cpu().contiguous() for k, v in state.items()}, str(folder / f"stage-{i + 1}" / "unet_ema.safetensors")
         )
     if log:
         windows = [{"window": k, "direction": 0.1 / (k + 1), "magnitude": 0.01} for k in range(2)]
         lines = [
-            {"event": "train", "stage": 0, "samples": 1280 * n, "total_samples": 1280 * n, "windows": windows}
+            {"event": "train", "stage": 1, "samples": 1280 * n, "total_samples": 1280 * n, "windows": windows}
             for n in (1, 2)
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tra')
@@ -114,7 +114,7 @@ def test_report_has_what_a_reader_needs(evaluated, untrained):
     ratio = floor["set_size"] / floor["smaller_set_size"]
     assert 0.7 * ratio < floor["smaller_mean"] / floor["mean"] < 1.3 * ratio
     assert {"processor", "cores"} <= evaluated["machine"].keys() and {"torch", "python"} <= evaluated["versions"].keys()
-    assert evaluated["command"].startswith("reflow") and evaluated["weights"].keys() == {"stage-0", "stage-1"}
+    assert evaluated["command"].startswith("reflow") and evaluated["weights"].keys() == {"stage-1", "stage-2"}
     assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "quality", "curves"))
 
 
@@ -183,7 +183,7 @@ def test_damaged_weights(base, untrained, tmp_path):
     with pytest.raises(UserError, match="student, 2 windows at 2 steps are not finite"):
         suite.evaluate(open_run(make_run(tmp_path / "nan", [state])))
     other = make_run(tmp_path / "other", [{"x": torch.zeros(1)}])
-    with pytest.raises(UserError, match="stage-0/unet_ema.safetensors cannot be read as weights"):
+    with pytest.raises(UserError, match="stage-1/unet_ema.safetensors cannot be read as weights"):
         suite.evaluate(open_run(other))
     assert not (other / "report").exists()
 

@@ -70,7 +70,7 @@ def value(mean, low=None, high=None, **more):
 
 
 def seed_report(seed, error, distance):
-    student = {"method": "student, 2 windows", "stage": 0, "windows": 2, "steps": 2}
+    student = {"method": "student, 2 windows", "stage": 1, "windows": 2, "steps": 2}
     difference = value(error - 0.5, error - 0.6, error - 0.4, excludes_zero=True)
     return {
         "recipe": "r",
@@ -145,8 +145,8 @@ def test_one_seed_above_zero_spoils_it():
 
 def test_a_finished_seed_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(digits_full.subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
-    (tmp_path / "seed-0" / "stage-0").mkdir(parents=True)
-    (tmp_path / "seed-0" / "stage-0" / "unet_ema.safetensors").touch()
+    (tmp_path / "seed-0" / "stage-1").mkdir(parents=True)
+    (tmp_path / "seed-0" / "stage-1" / "unet_ema.safetensors").touch()
     digits_full.train("digits-quick", tmp_path / "seed-0", [], 2, stages=1)
     with pytest.raises(pytest.fail.Exception):
         digits_full.train("digits-quick", tmp_path / "seed-0", [], 2, stages=2)
@@ -162,7 +162,7 @@ def test_two_seeds_through_the_launcher(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "out" / "digits.json").read_text())
     assert result["training_seeds"] == [0, 1] and result["ranks"] >= 1 and all(s > 0 for s in result["training_seconds"])
     assert [(d["windows"], d["steps"]) for d in result["differences"]] == [(8, 8), (4, 4), (2, 2), (2, 4), (2, 8)]
-    first, second = (seed["weights"]["stage-2"] for seed in result["per_seed"])
+    first, second = (seed["weights"]["stage-3"] for seed in result["per_seed"])
     assert first != second
     teachers = [[m["frechet"]["values"] for m in seed["methods"] if m["windows"] is None] for seed in result["per_seed"]]
     assert teachers[0] == teachers[1]

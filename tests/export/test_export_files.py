@@ -52,7 +52,7 @@ def finished_run(place, name, prediction_type="epsilon", kind="ddim_eps", window
     run.mkdir()
     (run / "recipe.toml").write_text(RECIPE.format(family=name, base=place / "base", kind=kind))
     says = student_metadata(Windows.uniform(windows), kind)
-    write_state(state, run / "stage-0" / "unet_ema.safetensors", metadata=says)
+    write_state(state, run / "stage-1" / "unet_ema.safetensors", metadata=says)
     return run, place / "base", state
 
 
@@ -166,9 +166,9 @@ def test_a_single_file_that_no_other_program_can_sample_says_so(reflow, here, ca
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_only_the_lora_that_other_programs_read_gives_settings_for_them(reflow, here, capsys, name):
     run, *_ = finished_run(here, name)
-    (run / "stage-0" / "unet_ema.safetensors").unlink()
+    (run / "stage-1" / "unet_ema.safetensors").unlink()
     lora = tiny_pipelines.lora(getattr(tiny_pipelines, f"{name}_unet")())
-    write_state(lora, run / "stage-0" / "lora_ema.safetensors", metadata=student_metadata(Windows.uniform(4), "ddim_eps"))
+    write_state(lora, run / "stage-1" / "lora_ema.safetensors", metadata=student_metadata(Windows.uniform(4), "ddim_eps"))
     ours = PiecewiseFlowScheduler.from_config(tiny_pipelines.ddim().config, num_time_windows=4)
     cards, said = {}, {}
     for kind in ("lora", "lora-kohya"):
@@ -196,14 +196,14 @@ def test_a_delta_has_a_card_and_no_card_is_overwritten(reflow, here):
     assert (here / "mine.md").read_text() == "my notes" and not (here / "mine.safetensors").exists()
 
     # A report of these very weights is the card's evaluation.
-    digest = hashlib.sha256((run / "stage-0" / "unet_ema.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((run / "stage-1" / "unet_ema.safetensors").read_bytes()).hexdigest()
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6, "count": 3}
     row = {"frechet": interval, "diversity": interval, "prompt_accuracy": interval, "milliseconds_per_image": 1.25}
-    method = {"method": "student, 4 windows", "stage": 0, "windows": 4, "steps": 4, "paired_images": interval, **row}
+    method = {"method": "student, 4 windows", "stage": 1, "windows": 4, "steps": 4, "paired_images": interval, **row}
     settings = {"samples": 100, "seeds": 3, "teacher_steps": 32}
     report = {"methods": [method], "differences": [], "settings": settings, "real_scans": 100}
     (run / "report").mkdir()
-    (run / "report" / "report.json").write_text(json.dumps(report | {"weights": {"stage-0": digest}}))
+    (run / "report" / "report.json").write_text(json.dumps(report | {"weights": {"stage-1": digest}}))
     assert "## Evaluation" not in card
     assert reflow("export", "--run-dir", run, "--format", "delta", "--out", "again.safetensors") == 0
     assert "| student, 4 windows | 4 | 0.5000 ± 0.1000 |" in (here / "again.md").read_text(encoding="utf-8")

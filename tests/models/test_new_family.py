@@ -76,7 +76,7 @@ def test_the_family_of_the_page_trains_a_step(tmp_path, forgotten, monkeypatch):
     monkeypatch.setattr(run, "load_data", data)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(file=file, base=tmp_path / "base"))
     assert run.train(reading.load(str(tmp_path / "recipe.toml")), tmp_path / "run") == 0
-    trained, start = load_file(tmp_path / "run" / "stage-0" / "unet_ema.safetensors"), pipe.unet.state_dict()
+    trained, start = load_file(tmp_path / "run" / "stage-1" / "unet_ema.safetensors"), pipe.unet.state_dict()
     assert seen == ["ClipSkip"] and trained.keys() == start.keys()
     assert any(not torch.equal(trained[key], start[key]) for key in start)
 

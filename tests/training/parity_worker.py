@@ -30,7 +30,7 @@ def weights(name, backend):
     os.environ["REFLOW_KERNELS_BACKEND"] = backend
     assert run.train(recipe, out / name) == 0
     losses = [json.loads(line)["loss"] for line in (out / name / "log.jsonl").read_text().splitlines() if '"train"' in line]
-    return load_file(out / name / "stage-0" / "unet_ema.safetensors"), losses
+    return load_file(out / name / "stage-1" / "unet_ema.safetensors"), losses
 
 
 def distance(a, b):

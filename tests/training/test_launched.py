@@ -81,15 +81,15 @@ def test_one_rank_goes_on_from_two(matrix, tmp_path, name, zero, rounded, weight
 def test_a_disk_that_is_full_for_one_rank_ends_all_with_a_sentence_and_loses_nothing(matrix):
     full = matrix[1]["full"]
     assert full["said"][0] == full["said"][1] and "rank 1: " in full["said"][0] and "rank 0" not in full["said"][0]
-    assert "it goes on from stage-0-000000016" in full["said"][0]
-    assert full["left"] == ["latest", "stage-0-000000016"] and full["again"] == 0
-    a, b = (load_file(matrix[0] / name / "stage-0" / "unet_ema.safetensors") for name in ("full", "zero2-adamw-fp32"))
+    assert "it goes on from stage-1-000000016" in full["said"][0]
+    assert full["left"] == ["latest", "stage-1-000000016"] and full["again"] == 0
+    a, b = (load_file(matrix[0] / name / "stage-1" / "unet_ema.safetensors") for name in ("full", "zero2-adamw-fp32"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def agrees(folder, whole, base, weights, loss):
     """A run that went on in another layout ends as the uninterrupted one does, to rounding: weights, and losses of the same samples."""
-    a, b = (load_file(x / "stage-0" / "unet_ema.safetensors") for x in (folder, whole))
+    a, b = (load_file(x / "stage-1" / "unet_ema.safetensors") for x in (folder, whole))
     assert relative(a, b, base.unet.state_dict()) < weights
     ours, theirs = dict(losses(folder)), dict(losses(whole))
     assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=loss)
@@ -102,7 +102,7 @@ def relative(a, b, start):
 
 @pytest.mark.launch
 def test_zero_stages_agree_to_rounding(matrix, digits_base):
-    weights = [load_file(matrix[0] / f"zero{z}-adamw-fp32" / "stage-0" / "unet_ema.safetensors") for z in (0, 1, 2, 3)]
+    weights = [load_file(matrix[0] / f"zero{z}-adamw-fp32" / "stage-1" / "unet_ema.safetensors") for z in (0, 1, 2, 3)]
     for other in weights[1:]:
         assert relative(other, weights[0], digits_base.unet.state_dict()) < 1e-3
 
@@ -110,8 +110,8 @@ def test_zero_stages_agree_to_rounding(matrix, digits_base):
 @pytest.mark.launch
 def test_one_rank_agrees_with_two_to_rounding(matrix, tmp_path, digits_base):
     assert run.train(tiny.short(tmp_path), tmp_path / "run") == 0
-    one = load_file(tmp_path / "run" / "stage-0" / "unet_ema.safetensors")
-    two = load_file(matrix[0] / "zero0-adamw-fp32" / "stage-0" / "unet_ema.safetensors")
+    one = load_file(tmp_path / "run" / "stage-1" / "unet_ema.safetensors")
+    two = load_file(matrix[0] / "zero0-adamw-fp32" / "stage-1" / "unet_ema.safetensors")
     assert relative(one, two, digits_base.unet.state_dict()) < 1e-3
     assert not torch.equal(one["conv_out.weight"], digits_base.unet.state_dict()["conv_out.weight"])
 
@@ -141,7 +141,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_ends_bit_equal(matri
 
     def disturbed(number, rank, beyond):
         """Start, and once checkpoint number `beyond` stands send the signal to the rank(s)."""
-        checkpoint = tmp_path / "cut" / "checkpoints" / f"stage-0-{beyond:09d}"
+        checkpoint = tmp_path / "cut" / "checkpoints" / f"stage-1-{beyond:09d}"
         started = threading.Thread(target=lambda: finished.append(launch(*command(tmp_path / "cut"))))
         finished = []
         started.start()
@@ -162,6 +162,6 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_ends_bit_equal(matri
     assert last.returncode == 0, last.stderr
     whole = matrix[0] / "longer"
     for i in (0, 1):
-        a, b = (load_file(x / f"stage-{i}" / "unet_ema.safetensors") for x in (tmp_path / "cut", whole))
+        a, b = (load_file(x / f"stage-{i + 1}" / "unet_ema.safetensors") for x in (tmp_path / "cut", whole))
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert losses(tmp_path / "cut") == losses(whole)

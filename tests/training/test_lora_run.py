@@ -62,14 +62,14 @@ def test_only_adapters_are_trained_and_kept_and_the_one_base_stays_as_it_was(tra
     for name, tensor in base.unet.state_dict().items():
         if ".lora_" not in name:
             assert torch.equal(tensor.cpu(), whole[name.replace(".base_layer", "")].bfloat16()), name
-    first, second = (load_file(folder / f"stage-{i}" / "lora_ema.safetensors") for i in (0, 1))
+    first, second = (load_file(folder / f"stage-{i + 1}" / "lora_ema.safetensors") for i in (0, 1))
     assert {f"unet.{name}" for name in names[0]} == first.keys() == second.keys()
     for state in (first, second):
         assert all(state[key].any() for key in state) and all(tensor.dtype == torch.float32 for tensor in state.values())
     # The second stage starts from the first, by its teacher too, and goes on.
     apart = [sum((a[k] - b[k]).square().sum() for k in a) ** 0.5 for a, b in ((first, second), (first, {k: 0 * v for k, v in first.items()}))]
     assert 0 < apart[0] < apart[1]
-    checkpoint = sum(path.stat().st_size for path in next((folder / "checkpoints").glob("stage-1-*")).rglob("*") if path.is_file())
+    checkpoint = sum(path.stat().st_size for path in next((folder / "checkpoints").glob("stage-2-*")).rglob("*") if path.is_file())
     adapter, base_size = sum(t.nbytes for t in first.values()), sum(t.nbytes for t in whole.values())
     assert checkpoint < 10 * adapter < 0.5 * base_size
 
@@ -77,7 +77,7 @@ def test_only_adapters_are_trained_and_kept_and_the_one_base_stays_as_it_was(tra
 def test_both_stages_start_at_their_own_ddim_and_are_validated(trained):
     records = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
     assert all(r["distance_to_own_ddim"] < 1e-3 for r in records if r["event"] == "start")
-    assert [r["stage"] for r in records if r["event"] == "validate"] == [0, 1] and len(list((trained[0] / "validation").glob("*.png"))) == 2
+    assert [r["stage"] for r in records if r["event"] == "validate"] == [1, 2] and len(list((trained[0] / "validation").glob("*.png"))) == 2
 
 
 def test_previous_is_the_student_of_the_stage_before(trained, digits_base):
@@ -106,7 +106,7 @@ def test_an_interrupted_run_ends_bit_equal(trained, tmp_path, monkeypatch):
     assert run.train(recipe, tmp_path / "cut") == loop.LEFT_EARLY
     assert run.train(recipe, tmp_path / "cut") == 0
     for i in (0, 1):
-        a, b = (load_file(folder / f"stage-{i}" / "lora_ema.safetensors") for folder in (trained[0], tmp_path / "cut"))
+        a, b = (load_file(folder / f"stage-{i + 1}" / "lora_ema.safetensors") for folder in (trained[0], tmp_path / "cut"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -20,7 +20,7 @@ SMALL = ("log.every=16",)
 
 
 def weights(folder):
-    return load_file(folder / "stage-0" / "unet_ema.safetensors")
+    return load_file(folder / "stage-1" / "unet_ema.safetensors")
 
 
 def equal(a, b):
@@ -58,7 +58,7 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_goes_on_bit_eq
     recipe, folder = tiny.short(tmp_path, *SMALL), tmp_path / "run"
     shutil.copytree(whole / "cut", folder)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for steps, words in ((1, r"checkpoint .*stage-0-000000032 could not be written \(rank 0: .*about 0.0064 GB.*goes on from stage-0-000000016"),
+    for steps, words in ((1, r"checkpoint .*stage-1-000000032 could not be written \(rank 0: .*about 0.0064 GB.*goes on from stage-1-000000016"),
                          (9, "weights of stage 1 could not be written .*run the same command")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
         try:
@@ -66,18 +66,18 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_goes_on_bit_eq
                 run.train(recipe, folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "stage-0-000000016"]
-        assert not list(folder.glob("stage-0/*"))
+        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "stage-1-000000016"]
+        assert not list(folder.glob("stage-1/*"))
     assert run.train(recipe, folder) == 0
     assert equal(weights(folder), weights(whole / "run"))
 
 
 def test_shards_that_are_damaged_or_of_another_network_are_refused_by_name(whole, tmp_path):
     shutil.copytree(whole / "cut", tmp_path / "run")
-    shard = tmp_path / "run" / "checkpoints" / "stage-0-000000016" / "shard-00000.safetensors"
+    shard = tmp_path / "run" / "checkpoints" / "stage-1-000000016" / "shard-00000.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-100])
-    with pytest.raises(UserError, match="stage-0-000000016 is damaged .*latest"):
+    with pytest.raises(UserError, match="stage-1-000000016 is damaged .*latest"):
         run.train(tiny.short(tmp_path, *SMALL), tmp_path / "run")
     shard.write_bytes(good.replace(b"conv_in.bias", b"conv_in.bios"))
     with pytest.raises(UserError, match="holds 0 of the 32 values of conv_in.bias"):

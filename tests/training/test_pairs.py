@@ -26,7 +26,7 @@ def store(tmp_path_factory):
 def student(folder, *overrides):
     recipe = tiny.recipe(folder, *ONE, "stages.0.samples=24", *overrides)
     run.train(recipe.model_copy(update={"stages": recipe.stages[:1]}), folder / "run")
-    return load_file(folder / "run" / "stage-0" / "unet_ema.safetensors")
+    return load_file(folder / "run" / "stage-1" / "unet_ema.safetensors")
 
 
 def test_pairs_of_another_command_train_like_pairs_of_the_run(store, tmp_path):
@@ -36,7 +36,7 @@ def test_pairs_of_another_command_train_like_pairs_of_the_run(store, tmp_path):
     assert all(torch.equal(own[k], read[k]) for k in own)
     other = student(tmp_path / "other", f"stages.0.pairs_from={store[1]}", "stages.0.pairs=16", "train.seed=7", "objective.loss=mse")
     assert any(not torch.equal(own[k], other[k]) for k in own)
-    assert [p.parent.parent.parent.name for p in tmp_path.glob("*/run/stage-0/pairs")] == ["own"]
+    assert [p.parent.parent.parent.name for p in tmp_path.glob("*/run/stage-1/pairs")] == ["own"]
     records = map(json.loads, (tmp_path / "read" / "run" / "log.jsonl").read_text().splitlines())
     assert {r["seconds"].get("teacher", 0) for r in records if r["event"] == "train"} == {0}
 

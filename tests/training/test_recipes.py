@@ -63,5 +63,5 @@ def test_a_recipe_trains_all_its_stages(name, bases, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if r["event"] == "train"]
     assert len(losses) == len(recipe.stages) and all(0 < loss < 1e3 for loss in losses)
-    assert {r["stage"] for r in records if r["event"] == "validate"} == set(range(len(recipe.stages)))
-    assert all(list((tmp_path / "run" / f"stage-{i}").glob("*_ema.safetensors")) for i in range(len(recipe.stages)))
+    assert {r["stage"] for r in records if r["event"] == "validate"} == set(range(1, len(recipe.stages) + 1))
+    assert all(list((tmp_path / "run" / f"stage-{i + 1}").glob("*_ema.safetensors")) for i in range(len(recipe.stages)))

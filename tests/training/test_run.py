@@ -35,9 +35,9 @@ def test_a_run_leaves_weights_log_pictures_and_its_recipe(tmp_path):
     folder = tmp_path / "run"
     assert reading.load(str(folder / "recipe.toml")) == recipe
     train = log(folder, "train")
-    assert [r["total_samples"] for r in train] == [32, 64, 96, 128] and [r["stage"] for r in train] == [0, 0, 1, 1]
+    assert [r["total_samples"] for r in train] == [32, 64, 96, 128] and [r["stage"] for r in train] == [1, 1, 2, 2]
     for record in train:
-        assert {w["window"] for w in record["windows"]} == set(range(4 if record["stage"] == 0 else 2))
+        assert {w["window"] for w in record["windows"]} == set(range(4 if record["stage"] == 1 else 2))
         for w in record["windows"]:
             assert w["mse"] == pytest.approx(w["magnitude"] + w["direction"])
         assert set(record["seconds"]) == {"data", "teacher", "student", "optimizer"} and record["samples_per_second"] > 0
@@ -45,7 +45,7 @@ def test_a_run_leaves_weights_log_pictures_and_its_recipe(tmp_path):
     assert len(checks) == 4 and {w["tau"] for w in checks[0]["windows"]} == {0.0, 0.25, 0.5, 0.75}
     assert [r["distance_to_own_ddim"] < 1e-3 for r in log(folder, "start")] == [True, True]
     assert len(list((folder / "validation").glob("*.png"))) == 4 and list((folder / "tensorboard").iterdir())
-    assert (folder / "checkpoints" / "latest").read_text() == "stage-1-000000032"
+    assert (folder / "checkpoints" / "latest").read_text() == "stage-2-000000032"
     assert run.train(recipe, folder) == 0
     assert log(folder, "train") == train
 
@@ -55,11 +55,11 @@ def test_the_log_is_the_same_with_and_without_resumption_over_a_kill_of_half_a_l
     run.train(recipe, tmp_path / "a")
     run.train(tiny.recipe(tmp_path, "checkpoint.every=32"), tmp_path / "b")
     # As a kill leaves it: the last stage unfinished, its newest checkpoint in place, half a line in the log.
-    (tmp_path / "b" / "stage-1" / "unet_ema.safetensors").unlink()
+    (tmp_path / "b" / "stage-2" / "unet_ema.safetensors").unlink()
     with open(tmp_path / "b" / "log.jsonl", "a") as handle:
         handle.write('{"event": "train", "total')
     run.train(recipe, tmp_path / "b")
-    a, b = (load_file(tmp_path / x / "stage-1" / "unet_ema.safetensors") for x in "ab")
+    a, b = (load_file(tmp_path / x / "stage-2" / "unet_ema.safetensors") for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     drop = ("seconds", "samples_per_second", "peak_memory", "elapsed")
     strip = [[{k: v for k, v in r.items() if k not in drop} for r in log(tmp_path / x, "train")] for x in "ab"]
@@ -119,7 +119,7 @@ def test_learning_rate_curve(schedule, middle, end):
 def test_stored_pairs_are_solved_once_and_a_missing_chunk_again(tmp_path):
     recipe = tiny.recipe(tmp_path, "stages.0.pairs=24", "stages.1.pairs=16", *ONE)
     run.train(recipe, tmp_path / "a")
-    chunk = tmp_path / "a" / "stage-0" / "pairs" / "pairs-00000.safetensors"
+    chunk = tmp_path / "a" / "stage-1" / "pairs" / "pairs-00000.safetensors"
     before = load_file(chunk)
     for path in (chunk, *(tmp_path / "a").glob("stage-*/unet_ema.safetensors")):
         path.rename(path.with_suffix(".old"))
@@ -130,7 +130,7 @@ def test_stored_pairs_are_solved_once_and_a_missing_chunk_again(tmp_path):
     again = load_file(chunk)
     assert all(torch.equal(before[k], again[k]) for k in before)
     for i in (0, 1):
-        old, new = (load_file(tmp_path / "a" / f"stage-{i}" / f"unet_ema.{s}") for s in ("old", "safetensors"))
+        old, new = (load_file(tmp_path / "a" / f"stage-{i + 1}" / f"unet_ema.{s}") for s in ("old", "safetensors"))
         assert all(torch.equal(old[k], new[k]) for k in old)
 
 
@@ -184,15 +184,15 @@ def test_a_non_finite_batch_is_named_and_the_checkpoint_stands(tmp_path, monkeyp
     with pytest.raises(UserError, match=r"stage 1, step 2 \(samples 32 to 47\): 1 samples so far, train.max_nonfinite allows 0") as error:
         run.train(recipe, tmp_path / "run")
     latest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
-    assert latest.name == "stage-0-000000032" and str(latest) in str(error.value)
+    assert latest.name == "stage-1-000000032" and str(latest) in str(error.value)
     assert all(torch.isfinite(t).all() for t in load_file(latest / "ema.safetensors").values())
 
 
 def test_a_few_non_finite_samples_are_left_out_where_the_recipe_allows(tmp_path, monkeypatch):
     poisoned(monkeypatch, [loop.sampler.item_of(0, 0, 5, 1797)])
     assert run.train(tiny.recipe(tmp_path, "train.max_nonfinite=2"), tmp_path / "run") == 0
-    assert sum(r["excluded"] for r in log(tmp_path / "run", "train") if r["stage"] == 0) == 1
-    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "stage-1" / "unet_ema.safetensors").values())
+    assert sum(r["excluded"] for r in log(tmp_path / "run", "train") if r["stage"] == 1) == 1
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "stage-2" / "unet_ema.safetensors").values())
 
 
 def test_diverged_weights_are_never_saved(tmp_path):
@@ -243,9 +243,9 @@ def test_an_empty_data_set_is_refused():
 def test_a_damaged_checkpoint_is_an_error_that_names_another(tmp_path):
     recipe = tiny.recipe(tmp_path, "checkpoint.every=16")
     run.train(recipe, tmp_path / "run")
-    (tmp_path / "run" / "stage-1" / "unet_ema.safetensors").unlink()
-    (tmp_path / "run" / "checkpoints" / "stage-1-000000048" / "ema.safetensors").unlink()
-    with pytest.raises(UserError, match="stage-1-000000048.*not whole.*stage-1-000000032"):
+    (tmp_path / "run" / "stage-2" / "unet_ema.safetensors").unlink()
+    (tmp_path / "run" / "checkpoints" / "stage-2-000000048" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match="stage-2-000000048.*not whole.*stage-2-000000032"):
         run.train(recipe, tmp_path / "run")
 
 
@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_another(tmp_path):
 def test_bad_input_ends_with_a_sentence_and_leaves_nothing(tmp_path, override, words):
     with pytest.raises(UserError, match=words):
         run.train(tiny.recipe(tmp_path, override), tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "stage-0").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "stage-1").exists()
 
 
 def test_a_backend_that_cannot_run_here_is_said_before_anything_is_written(tmp_path, monkeypatch, device):
@@ -324,7 +324,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
     assert again.returncode == 0, again.stderr
     run.train(reading.load(str(tmp_path / "tiny.toml"), list(longer)), tmp_path / "whole")
     for i in (0, 1):
-        a, b = (load_file(tmp_path / x / f"stage-{i}" / "unet_ema.safetensors") for x in ("cut", "whole"))
+        a, b = (load_file(tmp_path / x / f"stage-{i + 1}" / "unet_ema.safetensors") for x in ("cut", "whole"))
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert [r["loss"] for r in log(tmp_path / "cut", "train")] == [r["loss"] for r in log(tmp_path / "whole", "train")]
 
@@ -374,7 +374,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_call_goes_on(tmp_path, python_h
 
     monkeypatch.setattr(loop.Signals, "agree", interrupted)
     assert run.train(recipe, tmp_path / "run") == loop.LEFT_EARLY
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "stage-0-000000016"
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "stage-1-000000016"
     assert capfd.readouterr().err.count("Interrupted") == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run.train(recipe, tmp_path / "run") == 0
 

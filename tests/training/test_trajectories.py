@@ -108,7 +108,7 @@ def test_a_cut_run_from_noise_ends_bit_equal_and_other_micro_batches_agree_to_ro
         assert run.train(recipe(4), tmp_path / "cut") == loop.LEFT_EARLY
     assert run.train(recipe(4), tmp_path / "cut") == 0
     for i in (0, 1):  # the second stage is solved by the first one's student
-        a, b = (load_file(tmp_path / x / f"stage-{i}" / "unet_ema.safetensors") for x in ("whole", "cut"))
+        a, b = (load_file(tmp_path / x / f"stage-{i + 1}" / "unet_ema.safetensors") for x in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     run.train(recipe(2), tmp_path / "other")
