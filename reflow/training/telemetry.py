@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
+from reflow.lines import read_lines
 
 PARTS = ("data", "teacher", "student", "optimizer")
 
@@ -105,7 +106,7 @@ class Log:
         if dist.get_rank() != 0:
             return
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if stands(line, resume_at, restarted)]
+            kept = [line for line in read_lines(self.path) if stands(line, resume_at, restarted)]
             temporary = self.path.with_name(".log.jsonl.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self.path)
