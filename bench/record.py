@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from reflow.evaluation import machine
+from reflow.lines import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -104,7 +105,7 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     rows = []
     for file in files:
-        lines = file.read_text().splitlines()
+        lines = read_lines(file)
         for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))

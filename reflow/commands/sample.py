@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from reflow.commands.common import (
     student_file,
 )
 from reflow.errors import UserError
+from reflow.lines import lines_of, read_lines
 
 TEACHER_STEPS = 32
 INTERRUPTED = "images of finished batches are kept; the same command with another --out draws all of them again"
@@ -75,13 +77,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of --prompt, then of --prompts (a file or standard input); blank lines are passed over."""
     lines = list(args.prompt)
-    if args.prompts == "-":
-        if sys.stdin.isatty():
-            print("Reading one prompt a line from standard input, up to Ctrl-D.", file=sys.stderr)
-        lines += sys.stdin.read().splitlines()
-    elif args.prompts:
+    if args.prompts == "-" and sys.stdin.isatty():
+        print("Reading one prompt a line from standard input, up to Ctrl-D.", file=sys.stderr)
+    if args.prompts:
         try:
-            lines += pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            if args.prompts == "-":
+                if isinstance(sys.stdin, io.TextIOWrapper):
+                    sys.stdin.reconfigure(encoding="utf-8-sig", newline="\n")
+                lines += lines_of(sys.stdin.read())
+            else:
+                lines += read_lines(pathlib.Path(args.prompts))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--prompts {args.prompts} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}); "

@@ -16,6 +16,7 @@ from PIL import Image
 from reflow.data.pictures import SUFFIXES
 from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.errors import UserError
+from reflow.lines import read_lines
 
 TABLES = ("metadata.jsonl", "captions.jsonl")
 
@@ -96,6 +97,8 @@ def visible(root: Path, left: Left) -> Iterator[Path]:
         for entry in entries:
             path = folder / entry.name
             if entry.name.startswith("."):
+                if holds_pictures(path):
+                    left.note(path.relative_to(root).as_posix(), "its name begins with a dot")
                 continue
             try:
                 path.stat()  # of what a link leads to
@@ -110,6 +113,15 @@ def visible(root: Path, left: Left) -> Iterator[Path]:
                 left.note(path.relative_to(root).as_posix(), "no file")
 
 
+def holds_pictures(path: Path) -> bool:
+    """Whether a hidden entry is a picture, or a folder with one in it, that someone may miss."""
+    try:
+        names = [entry.name for entry in os.scandir(path)] if path.is_dir() else [path.name]
+    except OSError:
+        return False
+    return any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names)
+
+
 def read_text(path: Path) -> str | None:
     """A caption file's text without surrounding blanks; None where there is no such file."""
     try:
@@ -120,17 +132,28 @@ def read_text(path: Path) -> str | None:
         raise UserError(f"The caption file {path} cannot be read ({error}); write it again as UTF-8 text.") from error
 
 
-def read_table(path: Path) -> Iterator[tuple[Path, str]]:
-    """(image, caption) of each line of a JSONL table whose file names are relative to its folder."""
-    for number, line in enumerate((read_text(path) or "").splitlines(), 1):
+def table_lines(path: Path) -> list[str]:
+    try:
+        return read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The table {path} cannot be read ({error}); write it again as UTF-8 text.") from error
+
+
+def read_table(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """(image, caption) of each line of a JSONL table whose file names are relative to its folder; null is no caption."""
+    for number, line in enumerate(table_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, text = row["file_name"], row["text"] if "text" in row else row["caption"]
+            name = row["file_name"]
+            captions = [row[key] for key in ("text", "caption") if key in row]
+            text = next((words for words in captions if words is not None), None)
             if (
-                not isinstance(name, str)
-                or not isinstance(text, str)
+                not captions
+                or not isinstance(name, str)
+                or not (text is None or isinstance(text, str))
+                or not Path(name).name
                 or ".." in Path(name).parts
                 or Path(name).is_absolute()
             ):
@@ -140,7 +163,7 @@ def read_table(path: Path) -> Iterator[tuple[Path, str]]:
                 f'{path}, line {number} is not like {{"file_name": "a.png", "text": "a caption"}} with a name inside '
                 "that folder; correct it."
             ) from error
-        yield path.parent / name, text.strip()
+        yield path.parent / name, None if text is None else text.strip()
 
 
 def open_source(
@@ -173,13 +196,21 @@ def open_source(
     return source
 
 
+def fitting(pattern: Path) -> list[Path]:
+    """The files that fit a pattern, sorted. Its first parts are names where there are such folders, brackets and stars or not."""
+    root, rest = Path(pattern.anchor), list(pattern.parts[1 if pattern.anchor else 0 :])
+    while rest and (root / rest[0]).is_dir():
+        root /= rest.pop(0)
+    return sorted(Path(file) for file in glob.glob(os.path.join(glob.escape(str(root)), *rest), recursive=True))
+
+
 def _open(path: str, image_column: str, caption_column: str, split: str) -> Source:
     from reflow.data.tables import Rows, from_hub, from_parquet, saved
     from reflow.data.tars import Tars
 
     place, left = Path(path).expanduser(), Left()
-    if any(c in path for c in "*?["):
-        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True))
+    if any(c in path for c in "*?[") and not place.exists():
+        files = fitting(place)
         if not files:
             raise UserError(f"No file fits the pattern {path}; correct it, or give the folder.")
     elif place.is_file():

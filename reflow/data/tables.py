@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -32,7 +33,7 @@ def from_parquet(files: list[Path]) -> Any:
                 f"away."
             ) from error
     return loaded(
-        lambda: datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train"),
+        lambda: datasets.load_dataset("parquet", data_files=[glob.escape(str(f)) for f in files], split="train"),
         str(files[0].parent),
     )
 

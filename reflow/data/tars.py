@@ -123,6 +123,8 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
             for member in members:
                 content, name = target(member, contents), posixpath.basename(member.name)
                 if name.startswith("."):
+                    if posixpath.splitext(name)[1].lower() in SUFFIXES:
+                        left.note(member.name, "its name begins with a dot")
                     continue
                 if content is None:
                     left.note(member.name, "a link out of the tar" if member.islnk() or member.issym() else "no file")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from reflow.errors import UserError
+
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [D] and unbiased covariance [D,D] of features [N,D], fp64 on the CPU."""
+    """Mean [D] and unbiased covariance [D,D] of features [N,D], fp64 on the CPU. UserError where they are not finite."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"Moments need features of shape [N,D] with N of 2 or more, got {list(features.shape)}")
     features = features.detach().to("cpu", torch.float64)
+    bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"The features of {len(bad)} of {len(features)} images are not finite, the first is number {bad[0]}, and have no "
+            "Fréchet distance; the images are damaged: draw them again in fp32, or train that stage again."
+        )
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
 
 

@@ -12,6 +12,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.flow import Windows
+from reflow.lines import read_lines
 from reflow.models.family import Base
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
@@ -65,7 +66,7 @@ class Run:
         """The records of one kind in log.jsonl, stages counted from 1; a line that a killed run left half written is
         skipped."""
         path, records = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in read_lines(path) if path.exists() else ():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

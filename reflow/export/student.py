@@ -19,7 +19,10 @@ from reflow.weights.files import State, cast
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__} where a table {{...}} belongs")
+        return found
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so {path.parent} is no complete diffusers folder; give the folder that the student "

@@ -87,11 +87,14 @@ def config_for(train: Train, accumulation: int, parameters: int, world: int) -> 
 
 def read_json(path: str) -> dict[str, Any]:
     try:
-        return json.loads(pathlib.Path(path).read_text())
+        found = json.loads(pathlib.Path(path).read_text())
     except OSError as error:
         raise UserError(f"train.deepspeed names {path}, which cannot be read ({error.strerror}); give an existing JSON file or ''.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}. Correct that line and start again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} where DeepSpeed's settings are a table {{...}}; correct it and start again.")
+    return found
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any], where: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from reflow.errors import UserError
 from reflow.models.family import Base
 from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, View
+from reflow.models.parts import need_finite
 from reflow.models.switches import prepare
 from reflow.recipes.settings import Recipe
 from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
@@ -63,7 +64,11 @@ class Whole:
     def network(self, weights: pathlib.Path | None) -> torch.nn.Module:
         """A network of the base's architecture, fp32, with the base's weights or those of a file."""
         unet = self.make_unet()
-        unet.load_state_dict(self.base.unet.state_dict() if weights is None else student_state(self.base.unet.state_dict(), weights))
+        state = self.base.unet.state_dict()
+        if weights is not None:
+            state = student_state(state, weights)
+            need_finite(state.items(), str(weights))
+        unet.load_state_dict(state)
         return unet.to(self.device, torch.float32)
 
     def teacher(self, stage: int) -> Any:
@@ -113,7 +118,9 @@ class Lora(Whole):
         if not is_lora(path):
             raise UserError(f"{path} holds no LoRA weights, and with model.lora_rank = {self.adapters.rank} the student is a "
                             f"LoRA on the base; give the lora_ema.safetensors of a run, or write lora_rank = 0.")
-        return adapter_state(load_file(str(path)), self.adapters.scale)
+        state = load_file(str(path))
+        need_finite(state.items(), str(path))
+        return adapter_state(state, self.adapters.scale)
 
     def teacher(self, stage: int) -> View:
         if self.recipe.stages[stage].teacher == "root":

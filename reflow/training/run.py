@@ -19,6 +19,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
+from reflow.models.parts import need_finite
 from reflow.recipes.settings import Recipe
 from reflow.training import engine, loop, networks, rules, stages
 from reflow.training.checkpoint import write_atomic
@@ -108,7 +109,7 @@ def wait_until_shared(run_dir: pathlib.Path, patience: float = 60.0) -> None:
 
 
 def load_base(recipe: Recipe, device: torch.device) -> Base:
-    """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied.
+    """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied. UserError for weights that are not finite.
 
     The UNet of a LoRA recipe, which is never trained itself, comes at once in the teacher's precision.
     """
@@ -116,6 +117,8 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     base = family.load(registry.base_path(recipe.model), device=device, parts=("vae", "text"))
     dtype = networks.solver_dtype(recipe) if recipe.model.lora_rank else torch.float32
     base.unet = family.load(registry.base_path(recipe.model), device="cpu", dtype=dtype, parts=("unet",)).unet
+    for name, network in (("UNet", base.unet), ("VAE", base.vae), *(("text encoder", encoder) for encoder in base.text_encoders)):
+        need_finite(network.named_parameters(), f"the {name} of {recipe.model.base}")
     return base
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
+from reflow.lines import read_lines
 from reflow.weights.runs import first
 
 PARTS = ("data", "teacher", "student", "optimizer")
@@ -108,7 +109,7 @@ class Log:
         self.first = first(run_dir)  # number of the first stage
         if self.path.exists():
             again = None if restarted is None else restarted + self.first
-            kept = [line for line in self.path.read_text().splitlines() if stands(line, resume_at, again)]
+            kept = [line for line in read_lines(self.path) if stands(line, resume_at, again)]
             temporary = self.path.with_name(".log.jsonl.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self.path)

@@ -1,5 +1,6 @@
 """sample, export, merge and env as a newcomer types them, on the digits model."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reflow.commands import sample as sample_command
 from reflow.errors import UserError
 from reflow.models import family
 from reflow.sampling import initial_noise, sample, sample_teacher
@@ -76,7 +78,8 @@ def test_sample_takes_prompts_from_everywhere_and_seeds_count_on(reflow, run_dir
     assert reflow("sample", *options, "--prompts", "prompts.txt", "--out", "file") == 0
     said = capsys.readouterr()
     assert said.out == "6 images, 2 steps by tiny, stage 2: file, together in file/grid.png\n" and "6/6" in said.err
-    monkeypatch.setattr("sys.stdin", io.StringIO((here / "prompts.txt").read_text(encoding="utf-8")))
+    # A pipe whose locale is not UTF-8.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((here / "prompts.txt").read_bytes()), encoding="ascii"))
     assert reflow("sample", *options, "--prompts", "-", "--out", "stdin") == 0
     prompts = [p for p in ("a three", SEVEN, "a handwritten öne") for _ in range(2)]
     wanted = sample(student, student.unet, prompts, 2, range(7, 13), windows=2).images
@@ -339,3 +342,16 @@ def test_env_names_versions_device_and_every_op_with_its_reason(reflow, capsys):
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("  ")}
     for op in ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine"):
         assert lines[op][0] in ("torch", "triton") and len(lines[op]) > 3
+
+
+@pytest.mark.parametrize("place", ["file", "stdin"])
+def test_a_prompt_ends_at_the_end_of_its_line_alone(place, here, monkeypatch):
+    text = "\ufeffa\u2028b\r\nc\x85d\x0ce\rf\n\n g \n".encode()
+    (here / "odd [1].txt").write_bytes(text)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    args = argparse.Namespace(prompt=["first"], prompts="-" if place == "stdin" else "odd [1].txt")
+    assert sample_command.read_prompts(args) == ["first", "a\u2028b", "c\x85d\x0ce\rf", "g"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    (here / "odd [1].txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="no UTF-8"):
+        sample_command.read_prompts(args)

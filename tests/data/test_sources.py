@@ -1,6 +1,7 @@
 """Tars, parquet files and saved datasets give the same images and captions as a folder; what is cut short is named."""
 
 import io
+import json
 import tarfile
 
 import datasets
@@ -223,7 +224,8 @@ def test_tars_with_dots_links_and_other_members(tmp_path, capsys):
             "a further image of one key": (1, "a.TAR/1.seg.png"),
             "a caption without an image": (1, "a.TAR/lost.txt"),
             "no .tar or .parquet file": (1, "b.tar.gz"),
-        }
+            "its name begins with a dot": (1, "a.TAR/._1.png"),
+    }
         assert "a.TAR/1.seg.png left out (a further image of one key)" in capsys.readouterr().err
 
 
@@ -238,3 +240,67 @@ def test_pngs_with_long_texts_or_profiles_are_read(tmp_path):
     source = open_source(tmp_path, caption="")
     assert source.sizes(range(3)).tolist() == [[6, 8]] * 3
     assert all(source.image(n).getpixel((0, 0)) == (255, 0, 0) for n in range(3))
+
+
+ODD = "set [1] of*? b"
+
+
+def test_a_folder_with_brackets_and_stars_in_its_name_is_a_folder(tmp_path):
+    place = tmp_path / ODD
+    want = folder_of(place)
+    for other in ("set 1 of b", "set [1] of_x b"):  # what the name would fit as a pattern
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "9.png").write_bytes(png(9))
+        (tmp_path / other / "9.txt").write_text("another")
+    assert shown(open_source(place)) == want
+    tars = [tar(place / "t" / f"{n}[a].tar", {f"{n}.png": png(n), f"{n}.txt": b"x"}) for n in range(2)]
+    assert len(open_source(place / "t")) == 2 == len(open_source(f"{place}/t/*.tar")) == len(open_source(f"{place}/*/*.tar"))
+    assert len(open_source(tars[0])) == 1
+    table = pyarrow.table({"image": [png(0)], "text": ["one"]})
+    (place / "p").mkdir()
+    pyarrow.parquet.write_table(table, place / "p" / "a.parquet")
+    assert open_source(place / "p").caption(0) == "one" == open_source(f"{place}/p/*.parquet").caption(0)
+
+
+def test_a_table_ends_its_lines_where_jsonl_does(tmp_path):
+    words = ["a\u2028b", "c\x85d\x0ce", "f"]
+    rows = [json.dumps({"file_name": f"{n}.png", "text": text}, ensure_ascii=False) for n, text in enumerate(words)]
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    (tmp_path / "metadata.jsonl").write_bytes(("\ufeff" + "\r\n".join(rows[:2]) + "\n" + rows[2]).encode())
+    source = open_source(tmp_path)
+    assert [source.caption(n) for n in range(3)] == words
+
+
+def test_a_null_caption_in_a_table_is_a_missing_one(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    (tmp_path / "1.txt").write_text("beside")
+    rows = [{"text": None}, {"text": None}, {"text": None, "caption": "other"}, {"text": "", "caption": "unread"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{n}.png", **row}) + "\n" for n, row in enumerate(rows)))
+    with pytest.raises(UserError, match="1 of 4 images .* no caption, the first is 0.png"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, caption="given")
+    assert [source.caption(n) for n in range(4)] == ["given", "beside", "other", ""]
+    for row in ({"file_name": "0.png"}, {"file_name": "", "text": "x"}, {"file_name": "0.png", "text": 3}):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError, match="metadata.jsonl, line 1 is not like"):
+            open_source(tmp_path)
+
+
+def test_hidden_pictures_are_counted_and_other_hidden_files_are_not(tmp_path, capsys):
+    (tmp_path / "d" / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.png", ".b.PNG", ".ipynb_checkpoints/a-checkpoint.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "d" / name)
+    for name in (".DS_Store", ".gitignore"):
+        (tmp_path / "d" / name).write_text("")
+    assert len(open_source(tmp_path / "d", caption="")) == 1
+    told = capsys.readouterr().err
+    assert "2 left out (its name begins with a dot), the first is .b.PNG" in told and "DS_Store" not in told
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "d" / "a.png", "a.png")
+        tar.add(tmp_path / "d" / "a.png", "._a.png")
+        tar.add(tmp_path / "d" / ".DS_Store", ".DS_Store")
+    assert len(open_source(tmp_path / "a.tar", caption="")) == 1
+    told = capsys.readouterr().err
+    assert "._a.png left out (its name begins with a dot)" in told and "DS_Store" not in told

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reflow.errors import UserError
 from reflow.evaluation.frechet import distance_of_moments, equal_sized, frechet_distance, moments
 
 
@@ -64,3 +65,11 @@ def test_bad_shapes():
         frechet_distance(torch.zeros(4, 2), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="N of 2 or more"):
         frechet_distance(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def test_features_that_are_not_finite_are_a_sentence():
+    bad = torch.zeros(4, 2)
+    bad[2, 1] = torch.nan
+    for pair in ((bad, torch.zeros(4, 2)), (torch.zeros(4, 2), bad)):
+        with pytest.raises(UserError, match="1 of 4 images are not finite, the first is number 2"):
+            frechet_distance(*pair)

@@ -210,6 +210,9 @@ def test_missing_and_damaged_configs(broken, name):
     (broken / name).write_text("{")
     with pytest.raises(UserError, match=rf"{name} is not readable JSON"):
         family("digits").load(broken)
+    (broken / name).write_text("[1]")
+    with pytest.raises(UserError, match=rf"{name} is not readable JSON \(it holds a list"):
+        family("digits").load(broken)
     (broken / name).unlink()
     with pytest.raises(UserError, match=rf"{name} is missing"):
         family("digits").load(broken)

@@ -4,13 +4,17 @@ import argparse
 import importlib
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from reflow.commands import prepare
+from reflow.errors import UserError
 from reflow.recipes import reading
 from reflow.training import run
 
@@ -65,3 +69,24 @@ def test_a_recipe_trains_all_its_stages(name, bases, tmp_path):
     assert len(losses) == len(recipe.stages) and all(0 < loss < 1e3 for loss in losses)
     assert {r["stage"] for r in records if r["event"] == "validate"} == set(range(1, len(recipe.stages) + 1))
     assert all(list((tmp_path / "run" / f"stage-{i + 1}").glob("*_ema.safetensors")) for i in range(len(recipe.stages)))
+
+
+def test_weights_that_are_not_finite_are_refused_before_training(bases, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bases / "sd15", broken)
+    for part, file in (("UNet", "unet/diffusion_pytorch_model.safetensors"), ("VAE", "vae/diffusion_pytorch_model.safetensors"),
+                       ("text encoder", "text_encoder/model.safetensors")):  # fmt: skip
+        state = load_file(broken / file)
+        name = sorted(k for k, v in state.items() if v.is_floating_point())[0]
+        kept = state[name].clone()
+        state[name].view(-1)[0] = float("inf") if part == "VAE" else float("nan")
+        save_file(state, broken / file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"1 tensors of the {part} of .*broken are not finite, the first is"):
+            run.load_base(small("sd15-perflow", bases, f"model.base={broken}"), torch.device("cpu"))
+        save_file(state | {name: kept}, broken / file, {"format": "pt"})
+    state = load_file(broken / "unet/diffusion_pytorch_model.safetensors")
+    state["conv_in.bias"][0] = float("nan")
+    save_file(state, tmp_path / "student.safetensors")
+    recipe = small("sd15-perflow", bases, f"model.student_weights={tmp_path / 'student.safetensors'}")
+    with pytest.raises(UserError, match="student.safetensors are not finite, the first is conv_in.bias"):
+        run.train(recipe, tmp_path / "run")
