@@ -296,7 +296,8 @@ class Preparation:
             "hidden": list(null.encoder_hidden_states.shape[1:]),
             "pooled": None if pooled is None else list(pooled.shape[1:]),
         }
-        manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts}
+        left = {reason: {"count": count, "first": name} for reason, (count, name) in self.source.left.items()}
+        manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts, "left_out": left}
         write_json(self.out / MANIFEST, manifest)
         return manifest
 

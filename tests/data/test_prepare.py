@@ -216,6 +216,15 @@ def test_a_cache_names_the_model_that_it_was_made_for(base, tmp_path, capsys):
     assert len(CachedDataset(out, base)) == 4 and "does not say which UNet" in capsys.readouterr().err
 
 
+def test_the_manifest_says_what_was_left_out(base, tmp_path):
+    folder = scans(tmp_path / "data", 2)
+    for name in ("a.heic", "b.heic"):
+        (folder / name).write_bytes(b"x")
+    manifest = prepared(base, folder, tmp_path / "out")
+    assert manifest["left_out"] == {".heic is no image format that is read": {"count": 2, "first": "a.heic"}}
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["left_out"] == manifest["left_out"]
+
+
 def test_the_hint_of_prepare_names_the_base_that_it_was_given():
     from reflow.cli import build_parser
     from reflow.commands.prepare import hint

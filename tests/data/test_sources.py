@@ -225,7 +225,7 @@ def test_tars_with_dots_links_and_other_members(tmp_path, capsys):
             "a caption without an image": (1, "a.TAR/lost.txt"),
             "no .tar or .parquet file": (1, "b.tar.gz"),
             "its name begins with a dot": (1, "a.TAR/._1.png"),
-    }
+        }
         assert "a.TAR/1.seg.png left out (a further image of one key)" in capsys.readouterr().err
 
 
