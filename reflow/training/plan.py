@@ -45,7 +45,7 @@ def describe(recipe: Recipe) -> str:
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
         lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
-                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations a student sample, {flop(cost)} in all"
+                     f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations and {flop(cost)} a student sample"
                      f"{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
     lines.append(f"the run: {flop(whole)}, {duration(whole / RATE)} of one GPU at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
     room = disk(recipe, counts, latent)

@@ -146,8 +146,8 @@ def test_a_plan_needs_no_weights_and_downloads_nothing(tmp_path, monkeypatch):
     assert "not on this disk, so this plan uses the configs of sd15 that ship with reflow" in text
     assert "0.803 TFLOP a network row, 2.47 TFLOP forward and backward, 3.28 TFLOP with checkpointing" in text
     # 3 steps with an unconditional half for each of the 80 samples.
-    assert "6 teacher evaluations a student sample, 8.1 TFLOP in all" in text
-    assert "in all; EMA half-life 8 samples at its end (10% of it; the recipe's 10,000 are not reached)" in text
+    assert "6 teacher evaluations and 8.1 TFLOP a student sample" in text
+    assert "a student sample; EMA half-life 8 samples at its end (10% of it; the recipe's 10,000 are not reached)" in text
     assert "adamw, ZeRO 3, 8 ranks" in text and "859,520,964 parameters" in text
     with pytest.raises(UserError, match="is not on this disk, and no configs of the family digits ship"):
         plan.describe(recipe(tmp_path, "digits", "someone/else"))

@@ -83,10 +83,10 @@ def test_the_teacher_is_asked_as_often_as_the_plan_counts(tmp_path, overrides, p
 
 def test_the_plan_counts_one_solve_a_stored_window_and_says_what_a_cut_costs(tmp_path):
     stored = plan.describe(tiny.recipe(tmp_path, *NOISE, "stages.0.pairs=64", "stages.0.solver_steps=3"))
-    assert "64 windows stored pairs: 3 teacher evaluations a student sample" in stored and "cut trajectories" not in stored
+    assert "64 windows stored pairs: 3 teacher evaluations and " in stored and "cut trajectories" not in stored
     # Parts of 2 in trajectories of 4: 2 windows for the first half, 4 for the second.
     cut = plan.describe(tiny.recipe(tmp_path, *NOISE, "train.micro_batch=2"))
-    assert "64 windows solved as it goes: 1.5 teacher evaluations a student sample" in cut
+    assert "64 windows solved as it goes: 1.5 teacher evaluations and " in cut
     assert "micro-batches of 2 solves cut trajectories of 4 windows, which costs 1.5 times the solves: make train.micro_batch a multiple of 4" in cut
     assert "cut trajectories" not in plan.describe(tiny.recipe(tmp_path, *NOISE))
 
