@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from typing import Any
 
 from reflow.errors import UserError
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.weights.runs import stage_number
+
+PUBLISHED = (
+    "published PeRFlow: --windows 4 --network-time perflow --prediction-type diff_eps for SD1.5, ddim_eps for SDXL"
+)
 
 
 def positive(text: str) -> int:
@@ -43,6 +48,37 @@ def single_file_arguments(parser: argparse.ArgumentParser) -> None:
 def single_file_options(args: argparse.Namespace) -> dict[str, str]:
     """These arguments as the keywords of `Family.load` and `family_of`."""
     return {"tokenizer": args.tokenizer, "config": args.config, "prediction_type": args.base_prediction_type}
+
+
+def reading_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    """How a student is sampled, for weights that do not say it themselves."""
+    group = parser.add_argument_group(title, PUBLISHED)
+    group.add_argument("--windows", type=positive, help="its number of windows")
+    group.add_argument("--prediction-type", choices=["ddim_eps", "ddim_v", "diff_eps", "velocity"])
+    group.add_argument("--network-time", choices=["index", "perflow"], help="default: perflow, as published")
+
+
+def reading_given(args: argparse.Namespace) -> dict[str, Any]:
+    """What of these arguments was written."""
+    given = {"windows": args.windows, "prediction_type": args.prediction_type, "network_time": args.network_time}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def unsaid_reading(given: dict[str, Any], what: str) -> dict[str, Any]:
+    """windows, prediction_type and network_time of weights that do not say them. Every file of this project says them,
+    so such weights are PeRFlow's published ones unless network_time is given. Raises UserError where one is missing."""
+    if "windows" not in given or "prediction_type" not in given:
+        raise UserError(
+            f"{what} does not say which windows and parameterisation its student has; add --windows and "
+            f"--prediction-type ({PUBLISHED})."
+        )
+    if "network_time" not in given:
+        print(
+            f"reflow: {what} does not say its network time; taken as perflow (1000 t), that of PeRFlow's published "
+            "weights. Write --network-time index for one that was trained at the base's own indices.",
+            file=sys.stderr,
+        )
+    return {"network_time": "perflow", **given}
 
 
 def open_run(run_dir: str) -> tuple[pathlib.Path, Recipe]:

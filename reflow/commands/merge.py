@@ -6,12 +6,15 @@ import argparse
 import pathlib
 from typing import Any
 
-from reflow.commands.common import positive, single_file_arguments, single_file_options
-from reflow.errors import UserError
-
-PUBLISHED = (
-    "published PeRFlow: --windows 4 --network-time perflow --prediction-type diff_eps for SD1.5, ddim_eps for SDXL"
+from reflow.commands.common import (
+    positive,
+    reading_arguments,
+    reading_given,
+    single_file_arguments,
+    single_file_options,
+    unsaid_reading,
 )
+from reflow.errors import UserError
 
 # Few-step training changes weights by some per cent; the sum of two whole models by about 100.
 LARGEST_CHANGE = 0.5
@@ -45,10 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the written weights (default: fp16)"
     )
     parser.add_argument("--steps", type=positive, help="steps it is meant to be sampled with (default: one a window)")
-    says = parser.add_argument_group("for a delta that does not say how its student is sampled", PUBLISHED)
-    says.add_argument("--windows", type=positive, help="its number of windows")
-    says.add_argument("--prediction-type", choices=["ddim_eps", "ddim_v", "diff_eps", "velocity"])
-    says.add_argument("--network-time", choices=["index", "perflow"])
+    reading_arguments(parser, "for a delta that does not say how its student is sampled")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,13 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"There is no file {args.delta}; give the --delta that `reflow export --format delta` wrote.")
     says = delta.delta_metadata(args.delta)
     settings = delta.student_settings(args.delta)
-    given = {"windows": args.windows, "prediction_type": args.prediction_type, "network_time": args.network_time}
-    settings.update({key: value for key, value in given.items() if value is not None})
-    if "windows" not in settings or "prediction_type" not in settings:
-        raise UserError(
-            f"{args.delta} does not say which windows and parameterisation its student has; add --windows and "
-            f"--prediction-type ({PUBLISHED})."
-        )
+    given = reading_given(args)
+    settings = settings | given if settings else unsaid_reading(given, args.delta)
 
     from reflow.export import export_folder
     from reflow.models.digits import BUILTIN

@@ -13,11 +13,14 @@ from reflow.commands.common import (
     free_name,
     open_run,
     positive,
+    reading_arguments,
+    reading_given,
     reading_of,
     single_file_arguments,
     single_file_options,
     stage_of,
     student_file,
+    unsaid_reading,
 )
 from reflow.errors import UserError
 from reflow.lines import lines_of, read_lines
@@ -39,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "base)",
     )
     single_file_arguments(parser)
+    reading_arguments(parser, "for a student's folder or file that does not say how it is sampled")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", type=positive, help="with --run-dir: the student of this stage, from 1")
     which.add_argument(
@@ -123,6 +127,9 @@ def find_source(args: argparse.Namespace) -> Source:
     from reflow.weights.delta import student_settings
     from reflow.weights.files import weight_files
 
+    given = reading_given(args)
+    if args.run_dir and given:
+        raise refused_reading(given, args.run_dir)
     if args.run_dir:
         base = family_for(recipe.model), base_path(recipe.model)
         if weights is None:
@@ -131,7 +138,25 @@ def find_source(args: argparse.Namespace) -> Source:
     found, folder = family_of(args.model, **single_file_options(args))
     files = weight_files(folder / "unet")
     settings = student_settings(files[0]) if files else {}
+    if given:
+        from reflow.sampling import contradiction
+
+        config = found.load(folder, parts=()).scheduler_config
+        if settings or config.get("_class_name") in SCHEDULERS:
+            raise refused_reading(given, args.model)
+        settings = unsaid_reading(given, args.model)
+        problem = contradiction(config.get("prediction_type"), settings["prediction_type"])
+        if problem:
+            raise UserError(f"{args.model} is sampled in another way: {problem}")
     return Source(found, folder, None, settings, args.model)
+
+
+def refused_reading(given: dict[str, Any], where: str) -> UserError:
+    """Where a student says itself how it is sampled, and is asked to be sampled as ``given``."""
+    option = "--" + next(iter(given)).replace("_", "-")
+    return UserError(
+        f"{where} says itself how its student is sampled, so {option} would not be read; leave such options out."
+    )
 
 
 def refuse_contradiction(source: Source, config: Any) -> None:

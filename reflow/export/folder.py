@@ -122,7 +122,7 @@ def export_folder(
     *,
     windows: int | Windows,
     prediction_type: str | None = None,
-    network_time: str = "index",
+    network_time: str | None = None,
     steps: int | None = None,
     dtype: str | torch.dtype = "fp16",
     card: Mapping[str, Any] | None = None,
@@ -133,7 +133,7 @@ def export_folder(
     base.
 
     ``unet_state`` is a state dict, a .safetensors file or a UNet folder, in diffusers' names. prediction_type None is
-    the base's own; ``steps`` is the number that the model is meant for (None: one a window), which decides with
+    the base's own, network_time None as PiecewiseFlowScheduler has it; ``steps`` is the number that the model is meant for (None: one a window), which decides with
     ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data, steps, guidance, evaluation and anything
     else the README should say. ``link`` makes hard links to the base's files instead of copies, where the file system
     can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the dtype that from_pretrained is

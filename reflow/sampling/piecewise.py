@@ -51,8 +51,9 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
     * ``prediction_type``: ``ddim_eps``, ``ddim_v``, ``diff_eps`` or ``velocity``; ``epsilon`` and ``v_prediction`` of
       a diffusers base are read as ``ddim_eps`` and ``ddim_v``. It must be the student's own, or images are mis-scaled.
     * ``network_time``: the time value the network is given, ``"index"`` (max(round(1000 t) - 1, 0), as the base was
-      trained) or ``"perflow"`` (1000 t). A config whose class is PeRFlowScheduler loads as ``"perflow"``, and its
-      early ``epsilon`` as ``diff_eps``.
+      trained) or ``"perflow"`` (1000 t). None is ``"index"``, but for ``diff_eps``, the parameterisation of PeRFlow's
+      published SD1.5 weights, ``"perflow"``. A config whose class is PeRFlowScheduler loads as ``"perflow"``, and its
+      early ``epsilon`` as ``diff_eps``. PeRFlow's published SDXL weights are ``ddim_eps`` and need it given.
     * ``window_boundaries``: K+1 descending times, for windows that are not uniform; it decides ``num_time_windows``.
 
     Arithmetic is fp32 (fp64 for fp64 samples) whatever the dtype of the network; the result has the dtype of
@@ -76,9 +77,11 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         t_clean: float = 0.0,
         num_time_windows: int = 4,
         window_boundaries: Sequence[float] | None = None,
-        network_time: str = "index",
+        network_time: str | None = None,
     ) -> None:
         prediction_type = FROM_BASE.get(prediction_type, prediction_type)
+        if network_time is None:
+            network_time = "perflow" if prediction_type == "diff_eps" else "index"
         if prediction_type not in PREDICTION_TYPES:
             raise StepsError(
                 f"PiecewiseFlowScheduler: prediction_type is {prediction_type!r}; use one of "
@@ -102,7 +105,11 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         except ValueError as error:
             raise StepsError(f"PiecewiseFlowScheduler: {error}") from error
         self.register_to_config(
-            prediction_type=prediction_type, num_time_windows=len(self.windows), t_noise=t_noise, t_clean=t_clean
+            prediction_type=prediction_type,
+            num_time_windows=len(self.windows),
+            t_noise=t_noise,
+            t_clean=t_clean,
+            network_time=network_time,
         )
         # fp32 [num_train_timesteps] on the CPU, as in diffusers' schedulers: code that is written for those reads them.
         self.betas = betas_from_config(self.config)
@@ -144,11 +151,12 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         windows: int | Windows,
         *,
         prediction_type: str | None = None,
-        network_time: str = "index",
+        network_time: str | None = None,
     ) -> PiecewiseFlowScheduler:
         """The scheduler of a student trained on ``windows`` of the base whose scheduler has this config.
 
-        ``windows`` is their number, if uniform, or the windows themselves; prediction_type None means the base's own.
+        ``windows`` is their number, if uniform, or the windows themselves; prediction_type None means the base's own,
+        network_time None what the class says.
         """
         if isinstance(windows, Windows):
             first, last = windows.boundaries[0], windows.boundaries[-1]
@@ -160,11 +168,9 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         else:
             split = dict(num_time_windows=windows)
+        given = {"prediction_type": prediction_type, "network_time": network_time}
         return cls.from_config(
-            scheduler_config,
-            network_time=network_time,
-            **split,
-            **({} if prediction_type is None else {"prediction_type": prediction_type}),
+            scheduler_config, **split, **{key: value for key, value in given.items() if value is not None}
         )
 
     def __len__(self) -> int:

@@ -72,7 +72,7 @@ def sample(
     windows: int | Windows | None = None,
     scheduler: PiecewiseFlowScheduler | None = None,
     prediction_type: str | None = None,
-    network_time: str = "index",
+    network_time: str | None = None,
     guidance_scale: Guidance = 1.0,
     null: Conditioning | None = None,
     noise: torch.Tensor | None = None,

@@ -138,7 +138,7 @@ def test_what_stock_ddim_cannot_do_carries_our_scheduler(trained, settings, word
             tiny_pipelines.ddim().config,
             settings["windows"],
             prediction_type=settings.get("prediction_type"),
-            network_time=settings.get("network_time", "index"),
+            network_time=settings.get("network_time"),
         ),
         steps,
     )
