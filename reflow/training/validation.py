@@ -21,6 +21,7 @@ from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.recipes.settings import Recipe
 from reflow.training import targets
 from reflow.training.solves import Solved, Solver
+from reflow.training.progress import say
 from reflow.training.stages import StageFlow
 from reflow.training.telemetry import Log
 from reflow_kernels import AlignedVLoss
@@ -71,6 +72,8 @@ class Validation:
         Raises UserError where a ddim_* student does not start at its own DDIM: the wiring is wrong and training would learn noise.
         """
         steps, kind = len(self.flow.windows), self.recipe.student.prediction_type
+        say(f"stage {self.flow.index + 1}: checking the untrained student against its network's own {steps}-step DDIM"
+            f"{' (model.compile: its blocks are compiled now)' if self.recipe.model.compile else ''}")
         if dist.get_rank() == 0:
             with self.root() as root:
                 own = self.own_ddim(root if self.flow.index == 0 and not self.recipe.model.student_weights else student)
@@ -91,6 +94,7 @@ class Validation:
     def prepare(self) -> None:
         """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory."""
         if dist.get_rank() == 0 and self.recipe.validate_.every:
+            say(f"stage {self.flow.index + 1}: solving the fixed windows and sampling the teacher for validation")
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
             first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
             self.fixed = [self.solver(part) for part in self.solver.by_shape(list(range(first, first + count)))]
