@@ -170,7 +170,7 @@ class Loop:
                 self.stop_if_not_finite(record, excluded, index)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
-                    validation.run(engine.state(ema.average), before + done, self.networks.averaged)
+                    validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
             leave, due = self.signals.agree()
             if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
                 self.refuse_damaged(engine, index, step)
