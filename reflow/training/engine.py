@@ -119,6 +119,7 @@ class Engine:
 
     def __init__(self, module: torch.nn.Module, train: Train, accumulation: int) -> None:
         deepspeed = load_deepspeed()
+        self.clip_grad_norm_ = deepspeed.runtime.utils.clip_grad_norm_
         self.shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
         trainable = [p for p in module.parameters() if p.requires_grad]
         config = config_for(train, accumulation, sum(p.numel() for p in trainable), dist.get_world_size())
@@ -130,6 +131,11 @@ class Engine:
         self.masters, self.pieces = self._locate()
         # ZeRO and the bf16 wrapper keep the recipe's optimizer inside their own.
         self.base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        # Without ZeRO in fp32 DeepSpeed drops the norm that it clips by, and takes none where nothing is clipped.
+        self.plain = self.stage == 0 and not hasattr(self.optimizer, "_global_grad_norm")
+        self.norm: torch.Tensor | None = None
+        if self.plain:
+            self.engine.clip_fp32_gradients = self._clip
 
     def _locate(self) -> tuple[list[torch.Tensor], list[Piece]]:
         """This rank's fp32 masters and which stretch of which parameter lies where in them."""
@@ -169,11 +175,17 @@ class Engine:
         """One micro-batch is done; at the accumulation boundary the optimizer steps with this learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.plain and not self.engine.gradient_clipping() and self.engine.is_gradient_accumulation_boundary():
+            self.norm = torch.stack([p.grad.float().norm() for p in self.params.values() if p.grad is not None]).norm()
         self.engine.step()
 
-    def gradient_norm(self) -> float | torch.Tensor | None:
-        """Norm of the last optimizer step's gradient, before clipping."""
-        return self.engine.get_global_grad_norm()
+    def _clip(self) -> None:
+        self.norm = self.clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.engine.gradient_clipping(), mpu=self.engine.mpu)
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the last optimizer step's gradient over all ranks, before clipping. Waits for the device; kept there until it is asked for."""
+        norm = self.norm if self.plain else self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def named(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole fp32 tensors by parameter name on rank 0's CPU, empty elsewhere, from buffers laid out as `masters`. All ranks call it."""

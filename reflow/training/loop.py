@@ -24,7 +24,7 @@ from reflow.training.checkpoint import Checkpoints, save_weights, together
 from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
 from reflow.training.pairs import PairStore, reuse
-from reflow.training.progress import Progress
+from reflow.training.progress import Progress, Rate, say
 from reflow.training.solves import Solved, Solver
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
@@ -120,6 +120,7 @@ class Loop:
 
     def run_stage(self, index: int, before: int, resume: pathlib.Path | None) -> None:
         recipe, train, stage = self.recipe, self.recipe.train, self.recipe.stages[index]
+        say(f"stage {index + 1}: making teacher and student")
         flow = stages.build(recipe, index, self.schedule, self.base.prediction_type, self.device)
         solver = Solver(recipe, flow, self.data, self.networks.teacher(index), self.device)
         if solver.rounding and resume is None:
@@ -133,14 +134,17 @@ class Loop:
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
         ema, meter, clock = Ema(engine.masters), Meter(len(flow.windows), self.device), Clock(self.device)
-        step = 0
+        step, pace = 0, Rate()
         if resume is not None:
+            say(f"stage {index + 1}: reading the checkpoint {resume}")
             state, saved = self.checkpoints.load(resume, engine, ema)
             meter.load_state_dict(saved)
             step = state["step"]
             if state["how"] != "same layout":
                 self.log.write("resume", before + state["samples"], {"stage": index, "how": state["how"], "ranks": [state["ranks"], self.world],
                                                                      "zero_stage": [state["zero_stage"], engine.stage]})
+        say(f"stage {index + 1}: {'reading' if stage.stored else 'solving'} the first batch and taking the first step"
+            f"{' (model.compile: blocks that are not compiled yet are compiled now)' if recipe.model.compile else ''}")
         bar = Progress(f"stage {index + 1}/{len(recipe.stages)}, {len(flow.active)} windows", total, step * train.batch_size, self.rank == 0)
         since, excluded = time.monotonic(), 0
         while step < steps:
@@ -155,21 +159,24 @@ class Loop:
             ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
             step, done = step + 1, done + train.batch_size
             bar.advance(train.batch_size)
+            pace.add(train.batch_size)
             last = step == steps
             if crossed(done, recipe.log.every, train.batch_size) or last:
                 record, seconds = meter.read(), time.monotonic() - since
                 excluded += record["excluded"]
                 self.log.write("train", before + done, {
-                    "stage": index, "samples": done, "learning_rate": rate, **record, "seconds": clock.read(),
-                    "samples_per_second": bar.rate(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
+                    "stage": index, "samples": done, "learning_rate": rate, **record, "grad_norm": engine.gradient_norm(), "seconds": clock.read(),
+                    "samples_per_second": pace.read(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
                 bar.show(loss=record["loss"])
                 self.stop_if_not_finite(record, excluded, index)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
-                validation.run(engine.state(ema.average), before + done, self.networks.averaged)
+                with pace.pause():
+                    validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
             leave, due = self.signals.agree()
             if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
                 self.refuse_damaged(engine, index, step)
-                path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
+                with pace.pause():
+                    path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
                 self.signals.saved_at = time.monotonic()
                 if leave:
                     bar.close()

@@ -23,6 +23,7 @@ from reflow.models.parts import need_finite
 from reflow.recipes.settings import Recipe
 from reflow.training import engine, loop, networks, rules, stages
 from reflow.training.checkpoint import write_atomic
+from reflow.training.progress import say
 from reflow_kernels import backend_report
 
 
@@ -124,6 +125,7 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
 
 def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset | StreamDataset]:
     """Join the other ranks and load what the recipe names: this rank's device, the base model and the data. Nothing is written."""
+    say(f"importing DeepSpeed and joining {os.environ.get('WORLD_SIZE', '1')} rank(s)")
     device = engine.init_distributed()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
@@ -132,10 +134,13 @@ def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDat
     for op, backend, reason in backend_report(device):
         if backend == "none":
             raise UserError(f"The fused op {op} cannot run on {device}: {reason}")
+    say(f"loading the base {recipe.model.base}")
     base = load_base(recipe, device)
     stages.check_compatible(recipe, base.prediction_type)
     for i in range(len(recipe.stages)):
         stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
+    how = "encoding" if recipe.data.source == "digits" else "opening"
+    say(f"{how} the data ({recipe.data.source}{f': {recipe.data.path}' if recipe.data.path else ''})")
     return device, base, load_data(recipe, base)
 
 

@@ -19,8 +19,9 @@ from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.recipes.settings import Recipe
-from reflow.training import targets
+from reflow.training import targets, verdict
 from reflow.training.solves import Solved, Solver
+from reflow.training.progress import say
 from reflow.training.stages import StageFlow
 from reflow.training.telemetry import Log
 from reflow_kernels import AlignedVLoss
@@ -49,12 +50,12 @@ class Validation:
         self.noise = noise.to(self.device)
         self.rows: list[tuple[str, torch.Tensor]] = []
 
-    def student_samples(self, unet: torch.nn.Module, steps: int, guidance_scale: float) -> Samples:
+    def student_samples(self, unet: torch.nn.Module, steps: int, guidance_scale: float, *, decode: bool = True) -> Samples:
         """The fixed prompts by the scheduler that is exported with the student."""
         student = self.recipe.student
         return sample(self.base, unet, self.conditioning, steps, range(len(self.noise)), windows=self.flow.windows,
                       prediction_type=student.prediction_type, network_time=student.network_time, guidance_scale=guidance_scale,
-                      null=self.solver.data.null, noise=self.noise)
+                      null=self.solver.data.null, noise=self.noise, decode=decode)
 
     @torch.no_grad()
     def own_ddim(self, unet: torch.nn.Module) -> torch.Tensor:
@@ -71,6 +72,8 @@ class Validation:
         Raises UserError where a ddim_* student does not start at its own DDIM: the wiring is wrong and training would learn noise.
         """
         steps, kind = len(self.flow.windows), self.recipe.student.prediction_type
+        say(f"stage {self.flow.index + 1}: checking the untrained student against its network's own {steps}-step DDIM"
+            f"{' (model.compile: its blocks are compiled now)' if self.recipe.model.compile else ''}")
         if dist.get_rank() == 0:
             with self.root() as root:
                 own = self.own_ddim(root if self.flow.index == 0 and not self.recipe.model.student_weights else student)
@@ -91,6 +94,7 @@ class Validation:
     def prepare(self) -> None:
         """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory."""
         if dist.get_rank() == 0 and self.recipe.validate_.every:
+            say(f"stage {self.flow.index + 1}: solving the fixed windows and sampling the teacher for validation")
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
             first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
             self.fixed = [self.solver(part) for part in self.solver.by_shape(list(range(first, first + count)))]
@@ -98,6 +102,14 @@ class Validation:
             with self.root() as root:
                 teacher = sample_teacher(self.base, root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
                                          null=self.solver.data.null, noise=self.noise)
+                # A guided teacher's guidance is in the student, which is then compared unguided; else both are guided as in the pictures.
+                learnt = self.recipe.teacher.guidance_scale
+                self.guidances = (learnt, 1.0) if learnt != 1 else (guidance, guidance)
+                self.fine, self.own = (
+                    teacher.latents if n == steps and self.guidances[0] == guidance else
+                    sample_teacher(self.base, root, self.conditioning, n, range(len(self.noise)), guidance_scale=self.guidances[0],
+                                   null=self.solver.data.null, noise=self.noise, decode=False).latents
+                    for n in (steps, len(self.flow.windows)))
             self.rows = [(f"teacher {steps}", teacher.images)]
         dist.barrier()
 
@@ -127,8 +139,8 @@ class Validation:
         objective = self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"})
         return targets.loss(output, at, self.flow.table, objective, kind="mse", direction_weight=0.0)
 
-    def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-        """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher."""
+    def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any], last: bool) -> None:
+        """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher. last: of the stage, whose verdict follows."""
         if dist.get_rank() == 0:
             unet, guidance = averaged(averages), self.recipe.validate_.guidance_scale
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
@@ -143,7 +155,18 @@ class Validation:
                                      f"guidance {guidance:g}, seed {self.recipe.train.seed}")
             Image.fromarray(picture).save(self.folder / f"{total:09d}.png", pnginfo=notes)
             self.log.image("validation", picture, total)
+            if last:
+                self.judge(unet, total)
         dist.barrier()
+
+    def judge(self, unet: torch.nn.Module, total: int) -> None:
+        """Say and log by how much the finished student beats or misses its teacher at one step a window."""
+        steps, fine = len(self.flow.windows), self.recipe.validate_.teacher_steps
+        found = verdict.compare(self.student_samples(unet, steps, self.guidances[1], decode=False).latents, self.own, self.fine)
+        said = verdict.sentence(self.flow.index + 1, steps, fine, found)
+        self.log.write("verdict", total, {"stage": self.flow.index, "steps": steps, "teacher_steps": fine, "teacher_guidance": self.guidances[0],
+                                          "student_guidance": self.guidances[1], **found, "said": said})
+        print(said, flush=True)
 
 
 def labelled_grid(rows: list[tuple[str, torch.Tensor]]) -> np.ndarray:

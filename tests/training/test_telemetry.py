@@ -1,13 +1,16 @@
 """Every loss field of the log against values computed here in fp64 from the network's output and its target."""
 
+import copy
 import json
+import time
 import types
 
 import pytest
+import tiny
 import torch
 from reflow_kernels import aligned_v_loss
 
-from reflow.training import engine, telemetry, validation
+from reflow.training import engine, progress, run, telemetry, validation
 
 WEIGHT = 0.7
 
@@ -79,3 +82,49 @@ def test_every_field_of_the_validation_is_what_its_name_says():
         truth = expected((1 + found["tau"]) * output[here], target[here])
         del truth["loss"]
         assert {name: found[name] for name in truth} == truth and set(found) == {*truth, "window", "tau"}
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+@pytest.mark.parametrize("zero, precision, rel", [(0, "fp32", 1e-5), (2, "fp32", 1e-5), (0, "bf16", 0.02)])
+def test_the_gradient_norm_is_that_of_the_whole_batch_before_clipping(tmp_path, clip, zero, precision, rel):
+    device = engine.init_distributed()
+    settings = tiny.recipe(tmp_path, f"train.clip={clip}", f"train.zero_stage={zero}", f"train.precision={precision}", "train.batch_size=8").train
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5)).to(device)
+    plain, data = copy.deepcopy(network).double(), [torch.randn(8, 6, device=device) for _ in range(2)]
+    trained = engine.Engine(network, settings, accumulation=2)
+    for x in (part for whole in data for part in whole.split(4)):
+        trained.backward(trained(x.to(next(network.parameters()).dtype)).float().square().mean())
+        trained.step(0.0)  # so that both steps have the same weights
+        assert (trained.gradient_norm() or 0) >= 0
+    plain(data[1].double()).square().mean().backward()
+    assert trained.gradient_norm() == pytest.approx(float(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()), rel=rel)
+    trained.destroy()
+
+
+def test_a_run_logs_the_gradient_norm_and_the_rate_since_the_last_line_and_says_what_it_waits_for(tmp_path, monkeypatch, capfd):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    norms, real = [], engine.Engine.gradient_norm
+    monkeypatch.setattr(engine.Engine, "gradient_norm", lambda self: (norms.append(real(self)), norms[-1])[1])
+    assert run.train(tiny.short(tmp_path, "log.every=16"), tmp_path / "run") == 0
+    records = [r for r in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()) if r["event"] == "train"]
+    assert [r["grad_norm"] for r in records] == norms and len(set(norms)) == 3 and all(n > 0 for n in norms)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.value for e in board.Scalars("train/grad_norm")] == pytest.approx(norms)
+    # The first line pays for the start, which the others do not carry along.
+    spans = [b["elapsed"] - a["elapsed"] for a, b in zip(records, records[1:])]
+    assert [r["samples_per_second"] for r in records[1:]] == pytest.approx([16 / s for s in spans], rel=0.3)
+    said = capfd.readouterr().err
+    for what in ("importing DeepSpeed and joining 1 rank", "loading the base builtin", "encoding the data (digits)", "stage 1: making teacher",
+                 "stage 1: checking the untrained student", "stage 1: solving the first batch"):
+        assert sum(line.startswith("[") and f" s] {what}" in line for line in said.splitlines()) == 1, what
+
+
+def test_a_pause_is_no_training():
+    pace = progress.Rate()
+    time.sleep(0.05)
+    with pace.pause():
+        time.sleep(0.3)
+    pace.add(10)
+    assert 60 < pace.read() < 201 and pace.read() == 0.0
