@@ -361,6 +361,7 @@ def run(args: argparse.Namespace) -> int:
     if len(pictures) == 1:
         print(f"1 image, {how}: {out / '00000.png'}")
         return 0
-    write_png(grid(pictures, args.count if args.count > 1 else None), out / "grid.png", note)
+    labels = [(prompt, f"{steps} step{'s' * (steps != 1)}, seed {args.seed + i}") for i, prompt in enumerate(prompts)]
+    write_png(grid(pictures, labels, args.count if args.count > 1 else None), out / "grid.png", note)
     print(f"{len(pictures)} images, {how}: {out}, together in {out / 'grid.png'}")
     return 0

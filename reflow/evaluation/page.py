@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reflow.evaluation import table
 
+# An absolute path at the beginning of a value or of an item of a list; it may hold blanks.
+PATH = re.compile(r"""(^|[\s="'\[,(])(?:~?/)(?=[^\s/])([^"'\],)]+)""")
 STYLE = """
-:root { color-scheme: light; --ink: #1c2430; --muted: #66707d; --line: #e3e7ec; --blue: #1f6fb4; --wash: #f6f8fa; }
+:root { color-scheme: light; --ink: #1c2430; --muted: #66707d; --line: #e3e7ec; --blue: #1f6fb4; --wash: #f6f8fa;
+  --warn: #b4441f; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: #fff;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -19,6 +24,8 @@ main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 20px; margin: 44px 0 10px; letter-spacing: -.005em; }
 p { margin: 8px 0; max-width: 75ch; }
+.worse { border-left: 3px solid var(--warn); padding-left: 12px; }
+.tile .more { color: var(--warn); }
 .sub, .note { color: var(--muted); }
 .note { font-size: 14px; max-width: 100ch; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px; margin: 26px 0 8px; }
@@ -44,9 +51,24 @@ pre { background: var(--wash); border-radius: 8px; padding: 14px 16px; overflow-
 details summary { cursor: pointer; color: var(--blue); }
 """
 
+TILES = (
+    "FD: Fréchet distance to real scans, between the features that a classifier finds in both sets; lower is better, and the number for"
+    " real against real is the floor. Paired error: how far a student's image is from the teacher's of the same noise and prompt, root mean"
+    " square over pixels from -1 to 1; 0 is the same image."
+)
+QUALITY = (
+    "Left: how far from the teacher's own images; right: how far from real ones. Lower is better in both. Bars are 95 % intervals. A student"
+    " is trained for one step a window; what more steps do to it is the line of its own."
+)
+TRAINING = (
+    "Every point of the loss is a mean over the samples since the point before; it is what the recipe's objective minimises, so it can be"
+    " compared within a stage, between the vertical lines, and not from stage to stage. Validation is the averaged (EMA) student's squared"
+    " velocity error on windows that stay the same, at the start of a window (0), where a student of one step a window is used, and inside."
+)
+
 
 def write(report: Mapping[str, Any], folder: Path, recipe_text: str) -> Path:
-    """Write folder/index.html from the report and those of grid.png, quality.png and curves.png that lie there."""
+    """Write folder/index.html from the report and those of grid.png, quality.png, training.png and curves.png that lie there."""
     path = folder / "index.html"
     path.write_text(
         render(report, {p.stem: p.read_bytes() for p in folder.glob("*.png")}, recipe_text), encoding="utf-8"
@@ -56,7 +78,9 @@ def write(report: Mapping[str, Any], folder: Path, recipe_text: str) -> Path:
 
 def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], recipe_text: str) -> str:
     title = f"{report['recipe']}: few-step students against their teacher"
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(summary(report))}</p>', tiles(report)]
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(summary(report))}</p>']
+    parts += [f'<p class="worse">{escape(line)}</p>' for line in worse(report)]
+    parts += [tiles(report), f'<p class="note">{escape(TILES)}</p>']
     if "grid" in pictures:
         parts += [
             "<h2>Samples</h2>",
@@ -69,11 +93,18 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], recipe_text
         parts += [
             "<h2>Quality against steps</h2>",
             image(pictures["quality"], "Paired error and Fréchet distance against the number of steps"),
+            f'<p class="note">{escape(QUALITY)}</p>',
         ]
     parts += ["<h2>Straightness</h2>", straightness_table(report)]
+    if "training" in pictures or "curves" in pictures:
+        parts.append("<h2>Training</h2>")
+    if "training" in pictures:
+        parts += [
+            image(pictures["training"], "Loss, learning rate and validation loss over the samples, stages apart"),
+            f'<p class="note">{escape(TRAINING)}</p>',
+        ]
     if "curves" in pictures:
         parts += [
-            "<h2>Training</h2>",
             image(pictures["curves"], "Direction and magnitude part of the loss of every window, by stage"),
             (
                 '<p class="note">The squared error of the velocity, mean over a batch, split into its magnitude part'
@@ -83,7 +114,7 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], recipe_text
     parts += [
         "<h2>How it was measured</h2>",
         measured(report),
-        f"<details><summary>The resolved recipe</summary><pre>{escape(recipe_text)}</pre></details>",
+        f"<details><summary>The resolved recipe</summary><pre>{escape(without_paths(recipe_text))}</pre></details>",
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport"'
@@ -134,6 +165,33 @@ def summary(report: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def worse(report: Mapping[str, Any]) -> list[str]:
+    """Sentences on everything that the intervals say got worse, of all students and step counts; none where nothing did."""
+    reference = report["settings"]["teacher_steps"]
+    kinds = (
+        ("images", "Further from the teacher's images than its own DDIM with as many steps"),
+        ("frechet", "Further from real scans (FD) than the teacher's own DDIM with as many steps"),
+        ("frechet_to_reference", f"Further from real scans (FD) than the teacher's {reference} steps"),
+    )
+    lines = []
+    for key, what in kinds:
+        named = [f"{d['method']} at {d['steps']} step{'s' * (d['steps'] != 1)} (by {d[key]['mean']:.2g})"
+                 for d in report["differences"] if d[key]["excludes_zero"] and d[key]["mean"] > 0]  # fmt: skip
+        if named:
+            lines.append(f"{what}: {'; '.join(named)}.")
+    return lines
+
+
+def shortened(text: str) -> str:
+    """A word or value whose absolute paths show their last names alone: a page is passed on, a machine's folders are not."""
+    return PATH.sub(lambda found: f"{found[1]}.../{found[2].rstrip('/').rpartition('/')[2]}", text)
+
+
+def without_paths(recipe_text: str) -> str:
+    """`shortened` for every string of a dumped recipe."""
+    return re.sub(r'"((?:[^"\\]|\\.)*)"', lambda m: f'"{shortened(m[1])}"', recipe_text)
+
+
 def listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]
 
@@ -145,8 +203,8 @@ def tiles(report: Mapping[str, Any]) -> str:
         cells.append(
             f'<div class="tile"><div class="what">FD of the student, {d["steps"]}'
             f' step{"s" if d["steps"] > 1 else ""}</div><div class="number">{student["frechet"]["mean"]:.2f}</div><div'
-            f' class="against">teacher\'s own {d["steps"]}: {own["frechet"]["mean"]:.2f}</div><div'
-            f' class="against">paired error {student["paired_images"]["mean"]:.3f}, not'
+            f' class="against{more(d, "frechet")}">teacher\'s own {d["steps"]}: {own["frechet"]["mean"]:.2f}</div><div'
+            f' class="against{more(d, "images")}">paired error {student["paired_images"]["mean"]:.3f}, not'
             f' {own["paired_images"]["mean"]:.3f}</div></div>'
         )
     best = of(report, "teacher", report["settings"]["teacher_steps"])
@@ -157,6 +215,11 @@ def tiles(report: Mapping[str, Any]) -> str:
         " ms an image</div></div>"
     )
     return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def more(difference: Mapping[str, Any], key: str) -> str:
+    """The mark of a tile's line whose value is larger than the teacher's beyond its interval."""
+    return " more" if difference[key]["excludes_zero"] and difference[key]["mean"] > 0 else ""
 
 
 def cell(value: str) -> str:
@@ -245,7 +308,7 @@ def straightness_table(report: Mapping[str, Any]) -> str:
 def measured(report: Mapping[str, Any]) -> str:
     machine, settings = report["machine"], report["settings"]
     items = {
-        "Command": f"<code>{escape(report['command'])}</code>",
+        "Command": f"<code>{escape(shlex.join(map(shortened, shlex.split(report['command']))))}</code>",
         "Machine": escape(
             ", ".join(
                 str(v)

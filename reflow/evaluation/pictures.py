@@ -1,4 +1,4 @@
-"""Pictures of a report: the grid of samples, quality against steps, loss curves."""
+"""Pictures of a report: the grid of samples, quality against steps, curves of the training."""
 
 from __future__ import annotations
 
@@ -167,3 +167,51 @@ def curves(records: Sequence[Mapping[str, Any]], windows: Sequence[int], path: P
     figure.savefig(path)
     plt.close(figure)
     return True
+
+
+def progress(train: Sequence[Mapping[str, Any]], validate: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Loss, learning rate and, where there was one, the fixed validation loss over the whole run, stages apart.
+
+    train, validate: those lines of log.jsonl. False, and no file, if there is none with a loss.
+    """
+    train = [r for r in train if r.get("loss") is not None]
+    if not train:
+        return False
+    fixed = {w["tau"] for r in validate for w in r["windows"]}
+    shades = (STUDENT, LAST, TEACHER, "#3b8f5a")
+    plt = _pyplot()
+    count = 2 + bool(fixed)
+    figure, axes = plt.subplots(1, count, figsize=(3.6 * count, 3), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], ("loss", "learning_rate"), strict=False):
+        draw(axis, train, lambda r, key=key: r[key], INK, "")
+        axis.set_title(key.replace("_", " "))
+    for n, tau in enumerate(sorted(fixed)):
+        draw(axes[0, 2], validate, lambda r, tau=tau: mean_at(r, tau), shades[n % len(shades)], f"at {tau:g} of a window")
+    if fixed:
+        axes[0, 2].set_title("validation: squared velocity error")
+        axes[0, 2].legend(fontsize=7, loc="upper right")
+    starts = [max(r["total_samples"] for r in train if r["stage"] == i) / 1000 for i in sorted({r["stage"] for r in train})[:-1]]
+    for place, axis in enumerate(axes[0]):
+        axis.set_xlabel("samples, thousands")
+        if place != 1:
+            axis.set_yscale("log")
+        for edge in starts:
+            axis.axvline(edge, color=LINE, linewidth=1)
+    figure.savefig(path)
+    plt.close(figure)
+    return True
+
+
+def mean_at(record: Mapping[str, Any], tau: float) -> float | None:
+    """Mean over the windows of a validation's squared velocity error at a place inside them."""
+    found = [w["mse"] for w in record["windows"] if w["tau"] == tau]
+    return sum(found) / len(found) if found else None
+
+
+def draw(axis: Any, records: Sequence[Mapping[str, Any]], value: Any, colour: str, label: str) -> None:
+    """One line a stage: between two stages the windows change, and with them what a loss means."""
+    for n, stage in enumerate(sorted({r["stage"] for r in records})):
+        found = [(r["total_samples"] / 1000, value(r)) for r in records if r["stage"] == stage and value(r) is not None]
+        if found:
+            marker = "o" if len(found) == 1 else None
+            axis.plot(*zip(*found, strict=True), color=colour, linewidth=1.6, label="" if n else label, marker=marker)

@@ -56,13 +56,14 @@ def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite
 def make(
     run: Run, folder: Path, settings: Settings, *, command: str, device: str | None = None, suite: Suite | None = None
 ) -> dict[str, Any]:
-    """Evaluate the run; write report.json, grid.png, quality.png, curves.png and index.html. Returns the report."""
+    """Evaluate the run; write report.json, grid.png, quality.png, training.png, curves.png and index.html. Returns the report."""
     suite = suite or make_suite(run, settings, device)
     report = {"format": FORMAT, "command": command, **suite.evaluate(run), **machine.describe()}
     folder.mkdir(parents=True, exist_ok=True)
     pictures.sample_grid(suite.pictures, suite.labels).save(folder / "grid.png", optimize=True)
     pictures.quality(report, folder / "quality.png")
     pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], folder / "curves.png")
+    pictures.progress(run.log("train"), run.log("validate"), folder / "training.png")
     write_json(report, folder / "report.json")
     page.write(report, folder, reading.dump(run.recipe))
     return report

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from reflow.data.pictures import fit
 
 KEY = "reflow"
 GRID_SIDE = 4096  # pixels, at most
+ENLARGED = 128  # pixels, of small pictures in a grid
+NARROWEST = 48  # pixels, of a picture with a label
+GAP, LINE = 8, 16  # pixels: between pictures, of a line of a label
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -46,18 +49,45 @@ def read_note(path: str | pathlib.Path) -> dict[str, Any]:
         return json.loads(picture.info.get(KEY, "{}"))
 
 
-def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All pictures of one size in rows of `columns` (default: as square as it gets), small ones enlarged and large
-    ones reduced.
+def grid(pictures: Sequence[Image.Image], labels: Sequence[Sequence[str]], columns: int | None = None) -> Image.Image:
+    """All pictures of one size in rows of `columns` (default: as square as it gets) with white gaps, small ones enlarged and large
+    ones reduced. Below each stand its label's lines, cut to its width; tiles too small to carry one go without.
     """
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
-    room = GRID_SIDE / max(columns * width, rows * height)
-    scale = max(1, min(64 // max(width, height), int(room))) if room >= 1 else room
-    width, height = max(1, int(width * scale)), max(1, int(height * scale))
-    whole = Image.new(pictures[0].mode, (columns * width, rows * height))
-    for i, picture in enumerate(pictures):
-        how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-        whole.paste(picture.resize((width, height), how), (i % columns * width, i // columns * height))
+    rows, size = math.ceil(len(pictures) / columns), pictures[0].size
+    text = LINE * max(map(len, labels))
+    width, height = tile(size, columns, rows, text)
+    if width < NARROWEST:
+        labels, text = [()] * len(pictures), 0
+        width, height = tile(size, columns, rows, text)
+    gap = GAP if text else GAP // 4
+    whole = Image.new(pictures[0].mode, (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=LINE - 4)
+    how = Image.Resampling.NEAREST if width >= size[0] else Image.Resampling.LANCZOS
+    for i, (picture, lines) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
+        whole.paste(picture.resize((width, height), how), (left, top))
+        for n, line in enumerate(lines):
+            pen.text((left, top + height + n * LINE), fitted(line, width, font), fill="black", font=font)
     return whole
+
+
+def tile(size: tuple[int, int], columns: int, rows: int, text: int) -> tuple[int, int]:
+    """(width, height) of a picture of this size in a grid whose labels take `text` pixels: a whole multiple, or reduced."""
+    gap = GAP if text else GAP // 4
+    room = min((GRID_SIDE - gap) / columns - gap, GRID_SIDE), min((GRID_SIDE - gap) / rows - gap - text, GRID_SIDE)
+    scale = min(room[0] / size[0], room[1] / size[1])
+    scale = max(1, min(ENLARGED // max(size), int(scale))) if scale >= 1 else scale
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def fitted(line: str, width: int, font: Any) -> str:
+    """A line of text, without breaks, cut to so many pixels."""
+    line = " ".join(line.split())
+    if font.getlength(line) <= width:
+        return line
+    low, high = 0, len(line)  # the longest beginning that fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(line[:middle] + "...") <= width else (low, middle - 1)
+    return line[:low].rstrip() + "..."

@@ -18,7 +18,7 @@ from reflow.commands import sample as sample_command
 from reflow.errors import UserError
 from reflow.models import family
 from reflow.sampling import initial_noise, sample, sample_teacher
-from reflow.sampling.pictures import read_note, to_pil
+from reflow.sampling.pictures import GAP, LINE, read_note, to_pil
 
 SEVEN = "a handwritten seven"
 
@@ -88,8 +88,16 @@ def test_sample_takes_prompts_from_everywhere_and_seeds_count_on(reflow, run_dir
         assert (note["prompt"], note["seed"]) == (prompt, 7 + i) and read_note(f"stdin/{i:05d}.png") == note
         assert same(f"file/{i:05d}.png", wanted[i])
         assert (pixels(f"stdin/{i:05d}.png") == pixels(f"file/{i:05d}.png")).all()
-    # One row a prompt, enlarged four times.
-    assert (pixels("file/grid.png")[64:128:4, 64::4] == pixels("file/00003.png")).all()
+    # One row a prompt, enlarged eight times, a gap between them and two lines below each.
+    top, left, side = GAP + 128 + 2 * LINE + GAP, GAP + 128 + GAP, slice(0, 128, 8)
+    whole = pixels("file/grid.png")
+    assert whole.shape[:2] == (GAP + 3 * (128 + 2 * LINE + GAP), GAP + 2 * (128 + GAP))
+    assert (whole[top:, left:][side, side] == pixels("file/00003.png")).all()
+    assert (whole[:, GAP + 128 : left] == 255).all() and (whole[top - GAP : top] == 255).all()
+    for row, column in np.ndindex(3, 2):
+        at = (GAP + row * (128 + 2 * LINE + GAP) + 128, GAP + column * (128 + GAP))
+        for line in range(2):
+            assert (whole[at[0] + line * LINE :, at[1] :][:LINE, :128] < 128).any()
 
 
 @pytest.mark.parametrize("guidance, scales", [("7.5,4,4", (7.5, 4.0, 4.0, 4.0)), ("2", (2.0,) * 4)])

@@ -43,8 +43,11 @@ def make_run(folder, unets, log=True):
         windows = [{"window": k, "direction": 0.1 / (k + 1), "magnitude": 0.01} for k in range(2)]
         lines = [
             {"event": "train", "stage": 1, "samples": 1280 * n, "total_samples": 1280 * n, "windows": windows}
+            | {"loss": 0.5 / n, "learning_rate": 1e-3 * n}
             for n in (1, 2)
         ]
+        fixed = [{"window": k, "tau": tau, "mse": 0.2} for k in range(2) for tau in (0.0, 0.25)]
+        lines.append({"event": "validate", "stage": 1, "total_samples": 2560, "windows": fixed})
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tra')
     return folder
 
@@ -61,6 +64,7 @@ def evaluated(untrained, device):
     with pytest.MonkeyPatch.context() as patch:
         for name, small in (("TIMING_BATCH", 4), ("TIMING_ROUNDS", 1), ("PATH_STEPS", 8)):
             patch.setattr(suite_module, name, small)
+        patch.setattr("sys.argv", ["/opt/bin/reflow", "evaluate", "--run-dir", str(untrained)])
         assert evaluate.run(arguments(untrained, samples=60, seeds=2, device=str(device))) == 0
     return json.loads((untrained / "report" / "report.json").read_text())
 
@@ -115,12 +119,13 @@ def test_report_has_what_a_reader_needs(evaluated, untrained):
     assert 0.7 * ratio < floor["smaller_mean"] / floor["mean"] < 1.3 * ratio
     assert {"processor", "cores"} <= evaluated["machine"].keys() and {"torch", "python"} <= evaluated["versions"].keys()
     assert evaluated["command"].startswith("reflow") and evaluated["weights"].keys() == {"stage-1", "stage-2"}
-    assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "quality", "curves"))
+    assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "quality", "training", "curves"))
 
 
 def test_page_is_self_contained(evaluated, untrained):
     page = (untrained / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
+    assert str(untrained) not in page and str(untrained.parent) not in page and ".../untrained" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page and "@import" not in page
     assert (
         evaluated["command"].split()[0] in page

@@ -39,7 +39,7 @@ def test_every_stage_ends_with_its_verdict_which_is_that_of_its_own_files(tmp_pa
     recipe = tiny.recipe(tmp_path, "validate.every=1000", "validate.teacher_steps=16", "stages.0.samples=32", "stages.1.samples=32", *overrides)
     assert run.train(recipe, tmp_path / "run") == 0
     found, out = records(tmp_path / "run", "verdict"), capsys.readouterr().out.splitlines()
-    assert [(r["stage"], r["steps"], r["total_samples"]) for r in found] == [(0, 4, 32), (1, 2, 64)]
+    assert [(r["stage"], r["steps"], r["total_samples"]) for r in found] == [(1, 4, 32), (2, 2, 64)]
     assert all(out.count(r["said"]) == 1 and (r["teacher_guidance"], r["student_guidance"]) == guidances for r in found)
     assert all(("WORSE" in r["said"]) == (r["student_error"] > r["teacher_error"]) and r["pairs"] == 2 for r in found)
     # The last one again, from what the run left.

@@ -1,0 +1,71 @@
+"""The report page: what its headline says, its curves, and what it keeps to itself."""
+
+import copy
+
+import pytest
+from PIL import Image
+
+from reflow.evaluation import page, pictures
+
+
+def interval(mean, half=0.01):
+    return {"mean": mean, "low": mean - half, "high": mean + half, "excludes_zero": abs(mean) > half}
+
+
+def difference(method, windows, steps, images, frechet, reference):
+    values = {"images": interval(images), "frechet": interval(frechet), "frechet_to_reference": interval(reference)}
+    return {"method": method, "windows": windows, "steps": steps, **values}
+
+
+REPORT = {
+    "settings": {"teacher_steps": 32},
+    "differences": [
+        difference("student, 4 windows", 4, 4, -0.05, -0.3, 0.001),
+        difference("student, 2 windows", 2, 2, -0.11, -3.0, 0.002),
+        difference("student, 2 windows", 2, 8, 0.0077, 0.005, 0.28),
+    ],
+}
+
+
+def test_the_headline_tells_what_got_worse_and_nothing_else():
+    lines = page.worse(REPORT)
+    assert lines == ["Further from real scans (FD) than the teacher's 32 steps: student, 2 windows at 8 steps (by 0.28)."]
+    report = copy.deepcopy(REPORT)
+    report["differences"][2]["images"] = interval(0.05)
+    report["differences"][0]["images"] = interval(0.02)
+    report["differences"][1]["frechet"] = interval(0.4)
+    told = page.worse(report)
+    assert told[0].startswith("Further from the teacher's images than its own DDIM with as many steps: student, 4 windows at 4 steps (by 0.02); ")
+    assert "student, 2 windows at 8 steps (by 0.05)" in told[0] and "student, 2 windows at 2 steps (by 0.4)" in told[1]
+    assert page.more(report["differences"][1], "frechet") and not page.more(report["differences"][1], "images")
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("--run-dir=/home/me/my runs/x/", "--run-dir=.../x"), ("/a/b/c.toml", ".../c.toml"), ("~/secret/x", ".../x"),
+    ('data.path=["/a/b","/c/d e"]', 'data.path=[".../b",".../d e"]'), ("stabilityai/sdxl", "stabilityai/sdxl"), ("runs/x", "runs/x"),
+    ("https://x/y", "https://x/y"), ("this and / or that", "this and / or that"), ("7.5", "7.5"),
+])  # fmt: skip
+def test_paths_show_their_last_names(text, shown):
+    assert page.shortened(text) == shown
+
+
+def test_a_recipes_strings_are_shortened_and_nothing_else():
+    text = 'base = "/models/my base"\nprompts = ["a \\"b\\" c", "/x/y"]\nsteps = [2, 4]\n'
+    assert page.without_paths(text) == 'base = ".../my base"\nprompts = ["a \\"b\\" c", ".../y"]\nsteps = [2, 4]\n'
+
+
+def train(stage, samples, loss=0.5):
+    return {"stage": stage, "total_samples": samples, "loss": loss, "learning_rate": 1e-3}
+
+
+def test_the_curves_of_a_run(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw", lambda axis, records, value, colour, label: drawn.append((label, [value(r) for r in records])))
+    records = [train(0, 100), train(0, 200, 0.25), train(1, 300)]
+    fixed = [{"stage": 0, "total_samples": 200, "windows": [{"tau": tau, "mse": m} for tau, m in ((0.0, 1.0), (0.0, 3.0), (0.25, 5.0))]}]
+    assert pictures.progress(records, fixed, tmp_path / "a.png")
+    assert drawn == [("", [0.5, 0.25, 0.5]), ("", [1e-3] * 3), ("at 0 of a window", [2.0]), ("at 0.25 of a window", [5.0])]
+    assert pictures.progress(records, [], tmp_path / "b.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size[0] for name in "ab"]
+    assert sizes[0] * 2 == pytest.approx(sizes[1] * 3, rel=0.01)
+    assert not pictures.progress([{"stage": 0, "total_samples": 1}], [], tmp_path / "c.png") and not (tmp_path / "c.png").exists()
