@@ -49,7 +49,7 @@ def test_every_stage_ends_with_its_verdict_which_is_that_of_its_own_files(tmp_pa
     teacher = {n: sample_teacher(digits_base, digits_base.unet, prompts, n, range(2), noise=noise, guidance_scale=guidances[0], null=data.null,
                                  decode=False).latents for n in (2, 16)}
     unet = type(digits_base.unet).from_config(digits_base.unet.config).eval()
-    unet.load_state_dict(load_file(tmp_path / "run" / "stage-1" / "unet_ema.safetensors"))
+    unet.load_state_dict(load_file(tmp_path / "run" / "stage-2" / "unet_ema.safetensors"))
     student = sample(digits_base, unet, prompts, 2, range(2), windows=2, noise=noise, guidance_scale=guidances[1], null=data.null, decode=False).latents
     assert found[1]["student_error"] == pytest.approx(float((student - teacher[16]).square().mean().sqrt()), rel=1e-3)
     assert found[1]["teacher_error"] == pytest.approx(float((teacher[2] - teacher[16]).square().mean().sqrt()), rel=1e-3)
