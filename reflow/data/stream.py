@@ -71,6 +71,10 @@ class StreamDataset(Shaped):
         )
         return told if dropped is None else self.null_rows(items).where(dropped, told)
 
+    def words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text."""
+        return [self.source.caption(number) for number, _ in self.pictures(items)]
+
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
         rows = self.null.select(torch.zeros_like(items))

@@ -129,7 +129,7 @@ class Loop:
         if resume is None:
             validation.check_start(student.eval(), before)
         source = self.stored_pairs(flow, solver) if stage.stored else solver
-        validation.prepare()
+        validation.prepare(student if resume is None else None, before)
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
         ema, meter, clock = Ema(engine.masters), Meter(len(flow.windows), self.device), Clock(self.device)
