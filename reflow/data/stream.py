@@ -23,6 +23,7 @@ from reflow.data.tars import index_folder
 from reflow.errors import UserError
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.recipes.settings import Data
 
 CAPTIONS = 256  # encoded captions kept; SDXL's take 0.6 MB each
@@ -181,9 +182,9 @@ def one_at_first() -> Iterator[None]:
     ranks = dist.is_initialized() and dist.get_world_size() > 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if ranks and not first:
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
         if ranks and first:
-            dist.barrier()
+            barrier()

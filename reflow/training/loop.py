@@ -18,6 +18,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import networks, optimizers, stages, targets
 from reflow.training.checkpoint import Checkpoints, save_weights, together
@@ -201,7 +202,7 @@ class Loop:
         bar.close()
         if self.signals.agree()[0] or not finished:
             raise Leave(f"stage {flow.index + 1} has solved a part of its pairs.")
-        dist.barrier()
+        barrier()
         return store.load()
 
     def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,

@@ -15,6 +15,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.recipes.settings import Recipe
 from reflow.training import pictures, targets, verdict
@@ -89,7 +90,7 @@ class Validation:
                 raise UserError(f"Stage {self.flow.index + 1}: the untrained student differs from its network's own {steps}-step DDIM by "
                                 f"{off:.3g} (relative), more than {tolerance:g}; student.prediction_type, the base's scheduler and "
                                 f"its weights do not fit together.")
-        dist.barrier()
+        barrier()
 
     def prepare(self, untrained: torch.nn.Module | None, total: int) -> None:
         """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory.
@@ -116,7 +117,7 @@ class Validation:
             self.rows = [(f"teacher, {counted(steps)}", teacher.images)]
             if untrained is not None:
                 self.picture(untrained.eval(), total, "untrained")
-        dist.barrier()
+        barrier()
 
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
@@ -152,7 +153,7 @@ class Validation:
             self.picture(unet, total, "EMA")
             if last:
                 self.judge(unet, total)
-        dist.barrier()
+        barrier()
 
     def picture(self, unet: torch.nn.Module, total: int, weights: str) -> None:
         """A grid of the student beside the teacher, with its prompts and settings, into the folder and TensorBoard. weights: "untrained", "EMA"."""
