@@ -159,6 +159,7 @@ class CachedDataset(Shaped):
         self.groups = grouped([len(column) for column in self.latents], kinds)
         self.latents = [column for column in self.latents if len(column)]
         self.hidden = Column(tables["text"], "hidden", shapes["hidden"])
+        self.text = tables["text"]
         self.pooled = Column(tables["text"], "pooled", shapes["pooled"]) if shapes["pooled"] else None
         self.time_ids = Column(tables["latents"], "time_ids", [6]) if shapes["pooled"] else None
         self.caption_of = torch.cat(
@@ -184,6 +185,17 @@ class CachedDataset(Shaped):
             self.time_ids.rows(items) if self.time_ids else None,
         )
         return rows if dropped is None else self.null_rows(items).where(dropped, rows)
+
+    def words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text."""
+        found = []
+        for row in self.caption_of[items].tolist():
+            for table in self.text:
+                if row < len(table):
+                    found.append(table.column("text")[row].as_py())
+                    break
+                row -= len(table)
+        return found
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""

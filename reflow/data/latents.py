@@ -17,13 +17,15 @@ class LatentDataset(Shaped):
     """Latents of the base's VAE and a table of encoded captions, all fp32 on the CPU.
 
     latents: [n, C, h, w], scaled as the network expects them. caption_of: [n] row of `captions` that each latent goes
-    with. null: one row, the base pipeline's own empty prompt, taken where a caption is dropped.
+    with. null: one row, the base pipeline's own empty prompt, taken where a caption is dropped. texts: of `captions`, where
+    they are known.
     """
 
     latents: torch.Tensor
     caption_of: torch.Tensor
     captions: Conditioning
     null: Conditioning
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -40,6 +42,10 @@ class LatentDataset(Shaped):
         """Captions of the items [B]; where `dropped` [B] bool is set, the null prompt."""
         rows = self.captions.select(self.caption_of[items])
         return rows if dropped is None else self.null_rows(items).where(dropped, rows)
+
+    def words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text."""
+        return [self.texts[row] for row in self.caption_of[items].tolist()] if self.texts else super().words(items)
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
@@ -62,7 +68,7 @@ def encode_digits(base: Base, *, batch: int = 256) -> LatentDataset:
         latents = torch.cat([base.encode_images(p.to(device)).float().cpu() for p in pixels.split(batch)]).contiguous()
         captions = base.encode_prompts(sentences).to("cpu", torch.float32)
         null = base.null_conditioning(1).to("cpu", torch.float32)
-    return checked(LatentDataset(latents, caption_of, captions, null), "the digits scans")
+    return checked(LatentDataset(latents, caption_of, captions, null, tuple(sentences)), "the digits scans")
 
 
 def checked(data: LatentDataset, where: str) -> LatentDataset:

@@ -60,6 +60,10 @@ class Shaped:
         """The first items, at most `count`, that have the data set's `shape`."""
         return torch.arange(self.largest.first, self.largest.first + min(count, self.largest.count))
 
+    def words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text; "" where a data set does not keep it."""
+        return [""] * len(items)
+
     def group_of(self, items: torch.Tensor) -> Group:
         """The group of items [B]. Raises ValueError where they are of several."""
         group = next(g for g in self.groups if int(items.min()) < g.first + g.count)

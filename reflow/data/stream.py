@@ -23,6 +23,7 @@ from reflow.data.tars import index_folder
 from reflow.errors import UserError
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.recipes.settings import Data
 
 CAPTIONS = 256  # encoded captions kept; SDXL's take 0.6 MB each
@@ -70,6 +71,10 @@ class StreamDataset(Shaped):
             self.time_ids(read),
         )
         return told if dropped is None else self.null_rows(items).where(dropped, told)
+
+    def words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text."""
+        return [self.source.caption(number) for number, _ in self.pictures(items)]
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
@@ -177,9 +182,9 @@ def one_at_first() -> Iterator[None]:
     ranks = dist.is_initialized() and dist.get_world_size() > 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if ranks and not first:
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
         if ranks and first:
-            dist.barrier()
+            barrier()

@@ -5,6 +5,7 @@ The student is the only network inside an engine. Teacher, VAE and text encoders
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -61,7 +62,23 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        if cuda:
+            settle(torch.device("cuda", torch.cuda.current_device()))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def settle(device: torch.device) -> None:
+    """Tie a new NCCL group to this rank's GPU, which libraries' barriers else guess from the rank, and leave it before the process ends.
+
+    By a first sum: a group that is given its device when it is made splits every later group off, which DeepSpeed avoids on one rank.
+    """
+    dist.all_reduce(torch.zeros(1, device=device))
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def config_for(train: Train, accumulation: int, parameters: int, world: int) -> dict[str, Any]:

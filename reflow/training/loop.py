@@ -18,6 +18,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import networks, optimizers, stages, targets
 from reflow.training.checkpoint import Checkpoints, save_weights, together
@@ -130,7 +131,7 @@ class Loop:
         if resume is None:
             validation.check_start(student.eval(), before)
         source = self.stored_pairs(flow, solver) if stage.stored else solver
-        validation.prepare()
+        validation.prepare(student if resume is None else None, before)
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
         ema, meter, clock = Ema(engine.masters), Meter(len(flow.windows), self.device), Clock(self.device)
@@ -202,7 +203,7 @@ class Loop:
         bar.close()
         if self.signals.agree()[0] or not finished:
             raise Leave(f"stage {flow.index + 1} has solved a part of its pairs.")
-        dist.barrier()
+        barrier()
         return store.load()
 
     def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,

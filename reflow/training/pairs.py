@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from reflow.data import sampler
 from reflow.errors import UserError
+from reflow.ranks import barrier
 from reflow.training.checkpoint import save_weights, write_atomic
 from reflow.training.solves import Solved, Solver
 
@@ -151,7 +152,7 @@ def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
     elif dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(manifest, json.dumps(told, indent=1))
-    dist.barrier()
+    barrier()
     return PairStore(folder, solver, count)
 
 

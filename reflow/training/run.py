@@ -20,6 +20,7 @@ from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
 from reflow.models.parts import need_finite
+from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import engine, loop, networks, rules, stages
 from reflow.training.checkpoint import write_atomic
@@ -153,11 +154,11 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
         run_dir.mkdir(parents=True, exist_ok=True)
         rules.write(run_dir)
         write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
-    dist.barrier()
+    barrier()
     wait_until_shared(run_dir)
     start = time.monotonic()
     code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
     if dist.get_rank() == 0 and code == 0:
         print(f"Finished {recipe.name} in {time.monotonic() - start:.0f} s: {run_dir}", flush=True)
-    dist.barrier()
+    barrier()
     return code

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
+from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import networks, pairs, run, stages
 from reflow.training.progress import Progress
@@ -45,6 +46,6 @@ def solve(recipe: Recipe, stage: int, count: int, out: pathlib.Path, run_dir: pa
             store.fill(lambda n: bar.advance(n * dist.get_world_size()))
     finally:
         bar.close()
-    dist.barrier()
+    barrier()
     store.load()
     return count

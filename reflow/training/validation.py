@@ -7,19 +7,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, PngImagePlugin
 
 from reflow.data import sampler
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
+from reflow.ranks import barrier
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.recipes.settings import Recipe
-from reflow.training import targets, verdict
+from reflow.training import pictures, targets, verdict
 from reflow.training.solves import Solved, Solver
 from reflow.training.progress import say
 from reflow.training.stages import StageFlow
@@ -42,9 +41,11 @@ class Validation:
         settings, data = recipe.validate_, solver.data
         if settings.prompts:
             pixels = tuple(side * base.vae_scale_factor for side in data.shape[1:])
-            conditioning = base.encode_prompts(list(settings.prompts), pixels)
+            self.prompts = list(settings.prompts)
+            conditioning = base.encode_prompts(self.prompts, pixels)
         else:
-            conditioning = data.conditioning(data.preview(settings.images))
+            items = data.preview(settings.images)
+            self.prompts, conditioning = data.words(items), data.conditioning(items)
         self.conditioning = conditioning.to(self.device, torch.float32)
         _, noise = sampler.solve_draws(recipe.train.seed, 0, list(range(FIXED, FIXED + len(conditioning))), data.shape)
         self.noise = noise.to(self.device)
@@ -89,10 +90,13 @@ class Validation:
                 raise UserError(f"Stage {self.flow.index + 1}: the untrained student differs from its network's own {steps}-step DDIM by "
                                 f"{off:.3g} (relative), more than {tolerance:g}; student.prediction_type, the base's scheduler and "
                                 f"its weights do not fit together.")
-        dist.barrier()
+        barrier()
 
-    def prepare(self) -> None:
-        """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory."""
+    def prepare(self, untrained: torch.nn.Module | None, total: int) -> None:
+        """Solve the fixed windows and sample the teacher once a stage, before the optimizer takes its memory.
+
+        untrained: the student where the stage begins, of which a picture beside the teacher is kept; None where it goes on.
+        """
         if dist.get_rank() == 0 and self.recipe.validate_.every:
             say(f"stage {self.flow.index + 1}: solving the fixed windows and sampling the teacher for validation")
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
@@ -110,8 +114,10 @@ class Validation:
                     sample_teacher(self.base, root, self.conditioning, n, range(len(self.noise)), guidance_scale=self.guidances[0],
                                    null=self.solver.data.null, noise=self.noise, decode=False).latents
                     for n in (steps, len(self.flow.windows)))
-            self.rows = [(f"teacher {steps}", teacher.images)]
-        dist.barrier()
+            self.rows = [(f"teacher, {counted(steps)}", teacher.images)]
+            if untrained is not None:
+                self.picture(untrained.eval(), total, "untrained")
+        barrier()
 
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
@@ -142,22 +148,25 @@ class Validation:
     def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any], last: bool) -> None:
         """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher. last: of the stage, whose verdict follows."""
         if dist.get_rank() == 0:
-            unet, guidance = averaged(averages), self.recipe.validate_.guidance_scale
+            unet = averaged(averages)
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
-            rows = list(self.rows)
-            for steps in sorted(self.recipe.validate_.steps):
-                if steps >= len(self.flow.windows):
-                    rows.append((f"student {steps}", self.student_samples(unet, steps, guidance).images))
-            picture = labelled_grid(rows)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            notes = PngImagePlugin.PngInfo()
-            notes.add_text("reflow", f"{self.recipe.name}, stage {self.flow.index + 1}, {total} samples, EMA weights, "
-                                     f"guidance {guidance:g}, seed {self.recipe.train.seed}")
-            Image.fromarray(picture).save(self.folder / f"{total:09d}.png", pnginfo=notes)
-            self.log.image("validation", picture, total)
+            self.picture(unet, total, "EMA")
             if last:
                 self.judge(unet, total)
-        dist.barrier()
+        barrier()
+
+    def picture(self, unet: torch.nn.Module, total: int, weights: str) -> None:
+        """A grid of the student beside the teacher, with its prompts and settings, into the folder and TensorBoard. weights: "untrained", "EMA"."""
+        recipe, student = self.recipe, self.recipe.student
+        guidance, counts = recipe.validate_.guidance_scale, [n for n in sorted(recipe.validate_.steps) if n >= len(self.flow.windows)]
+        name = "student" if weights == "EMA" else f"{weights} student"
+        rows = [*self.rows, *((f"{name}, {counted(n)}", self.student_samples(unet, n, guidance).images) for n in counts)]
+        drawn, trained = pictures.labelled_grid(rows, self.prompts), weights == "EMA"
+        pictures.save(drawn, self.folder / f"{total:09d}{'' if trained else f'-{weights}'}.png", {
+            "recipe": recipe.name, "base": recipe.model.base, "stage": self.flow.index + 1, "samples": total, "weights": weights,
+            "rows": [label for label, _ in rows], "prompts": self.prompts, "guidance_scale": guidance, "windows": list(self.flow.windows.boundaries),
+            "prediction_type": student.prediction_type, "network_time": student.network_time, "seed": recipe.train.seed})
+        self.log.image("validation" if trained else f"validation/{weights}", drawn, total)
 
     def judge(self, unet: torch.nn.Module, total: int) -> None:
         """Say and log by how much the finished student beats or misses its teacher at one step a window."""
@@ -169,15 +178,5 @@ class Validation:
         print(said, flush=True)
 
 
-def labelled_grid(rows: list[tuple[str, torch.Tensor]]) -> np.ndarray:
-    """Rows of images [B,c,H,W] in [-1,1] under each other with a label at the left: uint8 [H, W, 3]."""
-    scale = max(1, 48 // rows[0][1].shape[-1])
-    lines = []
-    for label, images in rows:
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().expand(-1, 3, -1, -1)
-        line = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=128).permute(2, 0, 3, 1).flatten(1, 2).numpy()
-        line = line.repeat(scale, 0).repeat(scale, 1)
-        side = Image.new("RGB", (90, line.shape[0]), "white")
-        ImageDraw.Draw(side).text((4, line.shape[0] // 2 - 6), label, fill="black")
-        lines.append(np.concatenate([np.asarray(side), line], 1))
-    return np.concatenate(lines, 0)
+def counted(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"

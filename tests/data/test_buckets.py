@@ -121,6 +121,7 @@ def test_blocks_hold_one_group_and_an_epoch_holds_every_item():
 def test_a_cache_of_buckets_records_what_was_done(base, cache):
     data = CachedDataset(cache, base)
     assert data.counts == (7, 7, 5) and [g.shape for g in data.groups] == [buckets.latent_shape(base, s) for s in SIZES]
+    assert all(words for words in data.words(torch.arange(len(data))))
     ids = [data.conditioning(torch.tensor([g.first])).time_ids[0].tolist() for g in data.groups]
     assert ids == [[20, 60, 1, 0, 8, 32], [20, 20, 0, 0, 16, 16], [60, 20, 0, 1, 32, 8]]
     pixels = Image.open(cache.parent / "data" / "01.png").resize(

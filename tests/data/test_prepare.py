@@ -53,6 +53,7 @@ def test_the_cache_equals_direct_encoding(base, tmp_path):
     pixels = [np.asarray(Image.open(tmp_path / "data" / f"{i:03d}.png"), np.float32) for i in items.tolist()]
     want = base.encode_images(torch.from_numpy(np.stack(pixels))[:, None] / 127.5 - 1)
     torch.testing.assert_close(data.latent(items), want, rtol=1e-5, atol=1e-5)
+    assert data.words(items) == digits.prompts(digits.images()[1][items])
     text = base.encode_prompts(digits.prompts(digits.images()[1][items]))
     got = data.conditioning(items, torch.tensor([False, True, False, False]))
     null = base.null_conditioning(4)

@@ -97,7 +97,7 @@ def test_captions_are_encoded_once_and_nan_names_the_file(base, tars, monkeypatc
     assert len(data.groups) == 1
     data.conditioning(torch.tensor([0, 4, 1]))
     data.conditioning(torch.tensor([8, 9]))
-    assert said == [["number 0"], ["number 1"]]
+    assert said == [["number 0"], ["number 1"]] and data.words(torch.tensor([4, 9])) == ["number 0", "number 1"]
     monkeypatch.setattr(type(base), "encode_images", lambda _, pixels: torch.full((len(pixels), 2, 4, 4), float("nan")))
     with pytest.raises(UserError, match=r"0\.tar/07\.png"):
         data.latent(torch.tensor([7]))

@@ -77,7 +77,7 @@ def test_only_adapters_are_trained_and_kept_and_the_one_base_stays_as_it_was(tra
 def test_both_stages_start_at_their_own_ddim_and_are_validated(trained):
     records = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
     assert all(r["distance_to_own_ddim"] < 1e-3 for r in records if r["event"] == "start")
-    assert [r["stage"] for r in records if r["event"] == "validate"] == [1, 2] and len(list((trained[0] / "validation").glob("*.png"))) == 2
+    assert [r["stage"] for r in records if r["event"] == "validate"] == [1, 2] and len(list((trained[0] / "validation").glob("*.png"))) == 4
 
 
 def test_previous_is_the_student_of_the_stage_before(trained, digits_base):
