@@ -26,6 +26,17 @@ LIBRARIES = (
 LOGGERS = ("bitsandbytes", "torch.distributed", "torch.utils.cpp_extension", "torch.utils.flop_counter", "xformers")
 
 
+def quiet_name_clash() -> None:
+    """Drop the one line of bitsandbytes that comes of our folder kernels/, which it takes for the client of that name where the checkout
+    is the working directory or on PYTHONPATH. It asks for that client at import, for a 4-bit product that reflow never uses.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_clash)
+
+
+def _no_clash(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 def quiet_libraries() -> None:
     """Drop notes about optional packages, hub clients and pending deprecations. Call before the libraries are imported;
     imports nothing itself.

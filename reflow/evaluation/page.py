@@ -56,6 +56,10 @@ TILES = (
     " real against real is the floor. Paired error: how far a student's image is from the teacher's of the same noise and prompt, root mean"
     " square over pixels from -1 to 1; 0 is the same image."
 )
+DIFFERENCES = (
+    "Under each row its difference to the first: red is ink too many, blue ink that is missing, full colour half the range from paper to ink."
+    " The digits are those at which the teacher's fewest steps differ most."
+)
 QUALITY = (
     "Left: how far from the teacher's own images; right: how far from real ones. Lower is better in both. Bars are 95 % intervals. A student"
     " is trained for one step a window; what more steps do to it is the line of its own."
@@ -68,7 +72,7 @@ TRAINING = (
 
 
 def write(report: Mapping[str, Any], folder: Path, recipe_text: str) -> Path:
-    """Write folder/index.html from the report and those of grid.png, quality.png, training.png and curves.png that lie there."""
+    """Write folder/index.html from the report and those of grid.png, differences.png, quality.png, training.png and curves.png that lie there."""
     path = folder / "index.html"
     path.write_text(
         render(report, {p.stem: p.read_bytes() for p in folder.glob("*.png")}, recipe_text), encoding="utf-8"
@@ -86,6 +90,11 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], recipe_text
             "<h2>Samples</h2>",
             image(pictures["grid"], "Samples of every method in rows, the same noises and prompts in columns"),
             '<p class="note">Each column starts from one noise and asks for one digit; nothing is selected.</p>',
+        ]
+    if "differences" in pictures:
+        parts += [
+            image(pictures["differences"], "Few steps above their differences to the reference, in red and blue"),
+            f'<p class="note">{escape(DIFFERENCES)}</p>',
         ]
     parts += ["<h2>All methods</h2>", methods_table(report), f'<p class="note">{escape(reading(report))}</p>']
     parts += ["<h2>Differences</h2>", differences_table(report)]

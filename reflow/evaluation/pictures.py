@@ -32,11 +32,64 @@ def sample_grid(pictures: Mapping[tuple[str, int], torch.Tensor], labels: torch.
             pen.line([(0, top - gap // 2), (width, top - gap // 2)], fill=LINE, width=scale)
         pen.text((0, top + side // 2), titles[place], fill=MUTED if name == "teacher" else INK, font=font, anchor="lm")
         for i, column in enumerate(columns):
-            grey = ((1 - pictures[name, steps][column, 0].clamp(-1, 1)) * 127.5).round().byte().numpy()
-            tile = Image.fromarray(np.asarray(grey)).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(tile.convert("RGB"), (left + i * (side + gap), top))
+            canvas.paste(paper(pictures[name, steps][column, 0], side), (left + i * (side + gap), top))
         top += side + gap
     return canvas
+
+
+def difference_grid(
+    pictures: Mapping[tuple[str, int], torch.Tensor], labels: torch.Tensor, scale: int = 4, columns: int = 6, counts: int = 2
+) -> Image.Image:
+    """What few steps change: the reference's row, then for the `counts` fewest steps of a student with one step a window
+    the teacher's own and the student's row, and under each its difference to the reference. Images are as of `sample_grid`.
+
+    Red is ink that the reference lacks, blue ink that is missing; full colour is half the range from paper to ink. The
+    columns are those digits at which the teacher's fewest steps differ most, so that there is something to see.
+    """
+    rows = ordered(pictures)
+    reference = pictures[rows[0]]
+    native = [(name, steps) for name, steps in rows if windows_in(name) == steps or (name == "teacher" and (name, steps) != rows[0])]
+    fewest = sorted({steps for name, steps in native if name != "teacher"})[:counts]
+    native = [key for key in native if key[1] in fewest]
+    first = [int(i) for digit in range(10) for i in (labels == digit).nonzero()[:1, 0]]
+    rough = pictures[native[-1] if native[-1][0] == "teacher" else ("teacher", native[-1][1])]
+    most = sorted(first, key=lambda i: -float((rough[i] - reference[i]).square().mean()))[:columns]
+    chosen = [i for i in first if i in most]
+    font, small = ImageFont.load_default(size=6 * scale), ImageFont.load_default(size=5 * scale)
+    titles = [f"{name}, {steps} step{'s' if steps > 1 else ''}" for name, steps in (rows[0], *native)]
+    side, gap = 32 * scale, 4 * scale
+    left = round(max(map(font.getlength, titles))) + 8 * scale
+    tall = side + gap + len(native) * (2 * side + 3 * gap)
+    canvas = Image.new("RGB", (left + len(chosen) * (side + gap), tall), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for title, key in zip(titles, (rows[0], *native), strict=True):
+        pen.text((0, top + side // 2), title, fill=MUTED if key[0] == "teacher" else INK, font=font, anchor="lm")
+        for i, column in enumerate(chosen):
+            canvas.paste(paper(pictures[key][column, 0], side), (left + i * (side + gap), top))
+        top += side + gap
+        if key == rows[0]:
+            continue
+        error = (pictures[key] - reference)[chosen, 0]
+        told = f"its difference (RMS {error.square().mean().sqrt():.3f})"
+        pen.text((0, top + side // 2 - gap), told, fill=MUTED, font=small, anchor="lm")
+        for i, off in enumerate(error):
+            canvas.paste(coloured(off, side), (left + i * (side + gap), top - gap // 2))
+        top += side + 2 * gap
+    return canvas
+
+
+def paper(image: torch.Tensor, side: int) -> Image.Image:
+    """[H,W] in [-1,1] as ink on paper."""
+    grey = ((1 - image.clamp(-1, 1)) * 127.5).round().byte().numpy()
+    return Image.fromarray(np.asarray(grey)).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def coloured(error: torch.Tensor, side: int) -> Image.Image:
+    """[H,W] of a difference of images: white where it is 0, red where it is ink too many and blue where it is too little."""
+    strength = (error.clamp(-1, 1).abs()[..., None]).double().numpy()
+    colour = np.where((error > 0)[..., None].numpy(), (196, 46, 36), (31, 95, 196))
+    pixels = (255 + strength * (colour - 255.0)).round().astype(np.uint8)
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
 def ordered(keys: Mapping[tuple[str, int], Any]) -> list[tuple[str, int]]:

@@ -32,7 +32,8 @@ def existing(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | Non
         "weights": {f"stage-{s.stage + 1}": s.digest() for s in run.students},
         "settings": asdict(settings),
     }
-    complete = (folder / "index.html").is_file() and all(found.get(key) == value for key, value in wanted.items())
+    there = all((folder / name).is_file() for name in ("index.html", "differences.png"))
+    complete = there and all(found.get(key) == value for key, value in wanted.items())
     return found if complete else None
 
 
@@ -56,11 +57,12 @@ def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite
 def make(
     run: Run, folder: Path, settings: Settings, *, command: str, device: str | None = None, suite: Suite | None = None
 ) -> dict[str, Any]:
-    """Evaluate the run; write report.json, grid.png, quality.png, training.png, curves.png and index.html. Returns the report."""
+    """Evaluate the run; write report.json, grid.png, differences.png, quality.png, training.png, curves.png and index.html. Returns the report."""
     suite = suite or make_suite(run, settings, device)
     report = {"format": FORMAT, "command": command, **suite.evaluate(run), **machine.describe()}
     folder.mkdir(parents=True, exist_ok=True)
     pictures.sample_grid(suite.pictures, suite.labels).save(folder / "grid.png", optimize=True)
+    pictures.difference_grid(suite.pictures, suite.labels).save(folder / "differences.png", optimize=True)
     pictures.quality(report, folder / "quality.png")
     pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], folder / "curves.png")
     pictures.progress(run.log("train"), run.log("validate"), folder / "training.png")

@@ -80,7 +80,7 @@ def run(
     }
     report.write_json(result, out / "digits.json")
     pictures.quality(result, out / "digits.png")
-    (out / "digits-samples.png").write_bytes((folders[0] / "report" / "grid.png").read_bytes())
+    (out / "digits-samples.png").write_bytes((folders[0] / "report" / "differences.png").read_bytes())
     print(f"\n{result['recipe']}, {seeds} training seeds")
     print(table.experiment_text(result))
     print(f"\nResults: {out / 'digits.json'}")

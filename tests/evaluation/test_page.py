@@ -2,7 +2,9 @@
 
 import copy
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from reflow.evaluation import page, pictures
@@ -69,3 +71,22 @@ def test_the_curves_of_a_run(tmp_path, monkeypatch):
     sizes = [Image.open(tmp_path / f"{name}.png").size[0] for name in "ab"]
     assert sizes[0] * 2 == pytest.approx(sizes[1] * 3, rel=0.01)
     assert not pictures.progress([{"stage": 0, "total_samples": 1}], [], tmp_path / "c.png") and not (tmp_path / "c.png").exists()
+
+
+def test_differences_are_shown_where_they_are():
+    """Two digits: of one the few steps lack ink at a corner, of the other they have too much; the third is the same."""
+    reference = torch.zeros(3, 1, 8, 8)
+    few = reference.clone()
+    few[0, 0, 0, 0], few[1, 0, 0, 0], few[2, 0, 0, 0] = -1.0, 1.0, 0.0
+    images = {("teacher", 32): reference, ("teacher", 2): few, ("student, 2 windows", 2): reference, ("student, 2 windows", 8): few}
+    labels, scale = torch.tensor([4, 5, 6]), 2
+    found = np.asarray(pictures.difference_grid(images, labels, scale=scale, columns=2)).astype(int)
+    side, gap = 32 * scale, 4 * scale
+    # The reference, the teacher's 2 steps and the student's, the latter two with a row of differences; not the student at 8.
+    assert found.shape[0] == side + gap + 2 * (2 * side + 3 * gap)
+    left = found.shape[1] - 2 * (side + gap)
+    spot = 2 * (side + gap) - gap // 2 + 2, left + 2
+    missing, more = found[spot], found[spot[0], spot[1] + side + gap]
+    assert missing[2] > 150 > missing[0] + 50 and more[0] > 150 > more[2] + 50
+    student = found[2 * (side + gap) + side + 2 * gap + side + gap :, left:]
+    assert (student[:side - gap] == 255).all()

@@ -119,12 +119,12 @@ def test_report_has_what_a_reader_needs(evaluated, untrained):
     assert 0.7 * ratio < floor["smaller_mean"] / floor["mean"] < 1.3 * ratio
     assert {"processor", "cores"} <= evaluated["machine"].keys() and {"torch", "python"} <= evaluated["versions"].keys()
     assert evaluated["command"].startswith("reflow") and evaluated["weights"].keys() == {"stage-1", "stage-2"}
-    assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "quality", "training", "curves"))
+    assert all((untrained / "report" / f"{name}.png").is_file() for name in ("grid", "differences", "quality", "training", "curves"))
 
 
 def test_page_is_self_contained(evaluated, untrained):
     page = (untrained / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert str(untrained) not in page and str(untrained.parent) not in page and ".../untrained" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page and "@import" not in page
     assert (
