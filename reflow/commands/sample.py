@@ -288,7 +288,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from reflow.quiet import quiet_imports
-    from reflow.weights.files import refuse_existing
+    from reflow.weights.files import make_folder, public_name, refuse_existing
 
     out = pathlib.Path(args.out) if args.out else free_name("samples")
     refuse_existing(out)
@@ -317,12 +317,13 @@ def run(args: argparse.Namespace) -> int:
     null = None if args.negative_prompt is None else base.encode_prompts([args.negative_prompt], size)
     start = {} if picture is None else {"strength": strength, "init": base.encode_images(from_pil(picture, base, size))}
 
-    note = {"model": source.name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
+    name = public_name(source.name) if args.model else source.name
+    note = {"model": name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
     note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
     note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     note |= {"height": size[0], "width": size[1]} if size else {}
-    note |= {"init_image": args.init_image, "strength": strength} if picture else {}
-    out.mkdir(parents=True, exist_ok=True)
+    note |= {"init_image": public_name(args.init_image), "strength": strength} if picture else {}
+    make_folder(out)
     pictures = []
     # One batch is over soon, but at a terminal its steps are worth seeing.
     few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
