@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
@@ -64,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
     settings, stage = reading_of(weights, recipe), stage_of(weights)
     says = student_metadata(
-        **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base
-    )
+        **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base,
+        guidance_scale=recipe.validate_.guidance_scale, teacher_guidance_scale=recipe.teacher.guidance_scale,
+    )  # fmt: skip
     base = family_for(recipe.model).load(base_path(recipe.model), parts=())
     says["base_prediction_type"] = base.prediction_type
     card = card_of(folder, recipe, weights)
@@ -170,23 +172,29 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
     """
     import reflow
     from reflow.recipes.reading import dump
+    from reflow.weights.files import public_name
 
     stage = stage_of(weights)
     builtin = recipe.model.base == "builtin"
+    data = public_name(recipe.data.path) if recipe.data.path else ""
+    # Of paths that lead out of the working folder only the last name.
+    toml = re.sub(r'"((?:/|~|\.\.?/)[^"]*)"', lambda found: f'"{public_name(found[1])}"', dump(recipe))
     card: dict[str, Any] = {
         "title": f"{recipe.name}, {len(recipe.stages[stage - 1].edges) - 1}-step student",
-        "base": f"the {recipe.model.family} model of reflow" if builtin else recipe.model.base,
-        "family": recipe.model.family,
-        "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
-        "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {recipe.data.path}",
-        "guidance": {
-            "guidance_scale": recipe.validate_.guidance_scale,
-            "guidance_scale of the teacher in training": recipe.teacher.guidance_scale,
-        },
+        "base": f"the {recipe.model.family} model of reflow" if builtin else public_name(recipe.model.base),
+        "family": public_name(recipe.model.family),
+        "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{toml}```",
+        "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {data}",
+        "guidance": guidance_card(recipe.validate_.guidance_scale, recipe.teacher.guidance_scale),
     }
     if builtin:
         card["license"] = "apache-2.0"
     return card | evaluation_of(folder / "report" / "report.json", weights)
+
+
+def guidance_card(scale: Any, teacher: Any) -> dict[str, Any]:
+    """A card's rows on guidance: what to sample with, and what the teacher had."""
+    return {"guidance_scale": scale, "guidance_scale of the teacher in training": teacher}
 
 
 def evaluation_of(report_file: pathlib.Path, weights: pathlib.Path) -> dict[str, Any]:

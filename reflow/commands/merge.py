@@ -56,10 +56,15 @@ def run(args: argparse.Namespace) -> int:
 
     from reflow.commands.export import scheduler_line
     from reflow.weights import delta
-    from reflow.weights.files import cast, read_state, refuse_existing
+    from reflow.weights.files import HUB_NAME, cast, read_state, refuse_existing
 
     refuse_existing(pathlib.Path(args.out))
     if not pathlib.Path(args.delta).exists():
+        if HUB_NAME.fullmatch(args.delta) and pathlib.Path(args.delta).suffix != ".safetensors":
+            raise UserError(
+                f"There is no file or folder {args.delta}. A delta on the hub is downloaded first: hf download "
+                f"{args.delta} --local-dir delta, then --delta delta."
+            )
         raise UserError(f"There is no file {args.delta}; give the --delta that `reflow export --format delta` wrote.")
     says = delta.delta_metadata(args.delta)
     settings = delta.student_settings(args.delta)
@@ -82,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.delta} would change the weights by {100 * report.size:.0f} % of their size, which few-step "
             "training does not do; it looks like the weights of a whole model. Give a delta, or a smaller --scale."
         )
-    done = export_folder(folder, merged, args.out, **settings, steps=args.steps, dtype=args.dtype, card=card_of(args))
+    card = card_of(args, says)
+    done = export_folder(folder, merged, args.out, **settings, steps=args.steps, dtype=args.dtype, card=card)
     print(report)
     print(f"diffusers folder: {done.path}")
     print(scheduler_line(done))
@@ -103,8 +109,15 @@ def same_parameterisation(base: str, says: dict[str, str], settings: dict[str, A
         )
 
 
-def card_of(args: argparse.Namespace) -> dict[str, str]:
-    """What README.md of the merged folder says of its making."""
-    base = "the digits model of reflow" if args.base == "builtin" else args.base
-    delta = pathlib.Path(args.delta).name
-    return {"base": base, "merged": f"The weights of {base} plus {args.scale:g} times the delta weights {delta}."}
+def card_of(args: argparse.Namespace, says: dict[str, str]) -> dict[str, Any]:
+    """What README.md of the merged folder says of its making; ``says`` is the delta's metadata."""
+    from reflow.commands.export import guidance_card
+    from reflow.weights.files import public_name
+
+    base = "the digits model of reflow" if args.base == "builtin" else public_name(args.base)
+    delta = public_name(args.delta)
+    card = {"base": base, "merged": f"The weights of {base} plus {args.scale:g} times the delta weights {delta}."}
+    if "guidance_scale" in says:
+        scales = (float(says[key]) for key in ("guidance_scale", "teacher_guidance_scale"))
+        card["guidance"] = guidance_card(*scales)
+    return card

@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from reflow.quiet import quiet_imports
-    from reflow.weights.files import refuse_existing
+    from reflow.weights.files import make_folder, public_name, refuse_existing
 
     out = pathlib.Path(args.out) if args.out else free_name("samples")
     refuse_existing(out)
@@ -323,11 +323,12 @@ def run(args: argparse.Namespace) -> int:
     null = None if args.negative_prompt is None else base.encode_prompts([args.negative_prompt], size)
     start = {} if picture is None else {"strength": strength, "init": base.encode_images(from_pil(picture, base, size))}
 
-    note = {"model": source.name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
+    name = public_name(source.name) if args.model else source.name
+    note = {"model": name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
     note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
     note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     note |= {"height": size[0], "width": size[1]} if size else {}
-    note |= {"init_image": args.init_image, "strength": strength} if picture else {}
+    note |= {"init_image": public_name(args.init_image), "strength": strength} if picture else {}
     pictures = []
     # One batch is over soon, but at a terminal its steps are worth seeing.
     few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
@@ -350,7 +351,7 @@ def run(args: argparse.Namespace) -> int:
             if not torch.isfinite(drawn.latents).all():
                 hint = "try --dtype fp32" if dtype != "fp32" else "its weights are damaged, or its scheduler is wrong"
                 raise UserError(f"{source.name} gives values that are not finite at {steps} steps in {dtype}; {hint}.")
-            out.mkdir(parents=True, exist_ok=True)  # not before: an interrupted command leaves no empty folder
+            make_folder(out)  # not before: an interrupted command leaves no empty folder
             for prompt, seed, image in zip(some, seeds, drawn.images, strict=True):
                 picture = to_pil(image)
                 lost = {"tokens_not_read": not_read[prompt]} if not_read[prompt] else {}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from safetensors.torch import save_file
 
 from reflow.data import buckets, workers
 from reflow.data.cache import MANIFEST, check_base, fingerprint, read_manifest
@@ -23,6 +22,7 @@ from reflow.data.shards import Skipped, grow, notes_of, vectors, write_json
 from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.models.family import Base
+from reflow.weights.files import save_tensors
 
 Progress = Callable[[str, int], None]  # (kind as in `Preparation.totals`, how many more)
 SCAN = 256  # image headers read at once
@@ -289,7 +289,7 @@ class Preparation:
             "time_ids": null.time_ids,
         }
         temporary = self.out / ".null.tmp"
-        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, str(temporary))
+        save_tensors({k: v.contiguous() for k, v in tensors.items() if v is not None}, temporary)
         os.replace(temporary, self.out / "null.safetensors")
         pooled = null.text_embeds
         shapes = {

@@ -18,6 +18,7 @@ from torch import nn
 
 from reflow.data import digits
 from reflow.errors import UserError
+from reflow.weights.files import save_tensors
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits_classifier.safetensors"
 FEATURES = 64
@@ -110,8 +111,6 @@ def load_classifier(device: torch.device | str = "cpu", path: Path = WEIGHTS) ->
 
 
 def main() -> None:
-    from safetensors.torch import save_file
-
     parser = argparse.ArgumentParser(description="Train the digits classifier and write its weights.")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,7 +120,7 @@ def main() -> None:
     start = time.perf_counter()
     model, held_out = train_classifier(args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), args.out, metadata={"held_out_accuracy": f"{held_out:.4f}", "seed": str(args.seed)})
+    save_tensors(model.state_dict(), args.out, {"held_out_accuracy": f"{held_out:.4f}", "seed": str(args.seed)})
     print(
         json.dumps(dict(held_out_accuracy=held_out, seconds=round(time.perf_counter() - start, 1), path=str(args.out)))
     )

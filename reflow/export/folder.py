@@ -31,6 +31,7 @@ from reflow.weights.files import (
     State,
     choose_variant,
     dtype_of,
+    make_folder,
     read_state,
     refuse_existing,
     variant_of,
@@ -158,10 +159,10 @@ def export_folder(
     chosen = stock or scheduler
     index["scheduler"] = ["diffusers" if stock else type(chosen).__module__, type(chosen).__name__]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir()
+        make_folder(temporary)
         _copy_parts(base, index, temporary, link)
         (temporary / "unet").mkdir()
         shutil.copyfile(base / "unet" / "config.json", temporary / "unet" / "config.json")

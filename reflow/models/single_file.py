@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -87,8 +88,11 @@ def read_checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
         except RuntimeError:  # the format of torch < 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        # torch's own first line advises to run the code.
+        found = re.search(r"Unsupported \w+: (?:GLOBAL )?([^\n]+?) was not an allowed", str(error))
+        reason = f"it asks for {found[1]}" if found else f"{type(error).__name__} from torch.load"
         raise UserError(
-            f"{file} cannot be read ({str(error).splitlines()[0]}): it is damaged, or holds pickled code next to its "
+            f"{file} cannot be read ({reason}): it is damaged, or holds pickled code next to its "
             "tensors, which is not run here. Use the .safetensors form of this checkpoint."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from reflow.errors import UserError
 from reflow.training import shards
 from reflow.training.ema import Ema
 from reflow.training.engine import Engine
+from reflow.weights.files import save_tensors
 from reflow.weights.runs import checkpoint_name
 
 LATEST = "latest"
@@ -37,7 +38,7 @@ def save_weights(state: dict[str, torch.Tensor], path: pathlib.Path, metadata: d
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata)
+        save_tensors({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
         with open(temporary) as handle:
             os.fsync(handle.fileno())  # network file systems say only now that they are full
         os.replace(temporary, path)

@@ -18,7 +18,15 @@ import torch
 
 from reflow.errors import UserError
 from reflow.flow import Windows
-from reflow.weights.files import State, read_metadata, read_state, weight_files, write_state
+from reflow.weights.files import (
+    State,
+    public_name,
+    read_metadata,
+    read_state,
+    refuse_pickles,
+    weight_files,
+    write_state,
+)
 
 PUBLISHED = "delta_weights.safetensors"
 
@@ -50,6 +58,21 @@ def _delta_file(source: str | Path | State) -> str | Path | State:
         return Path(source) / PUBLISHED
     files = weight_files(Path(source))
     return files[0] if len(files) == 1 else source
+
+
+def _metadata_file(source: str | Path) -> Path:
+    """The file whose metadata speaks for a delta: itself, or the first of its shards."""
+    file = Path(_delta_file(source))
+    if not file.is_dir():
+        return file
+    files = weight_files(file) or weight_files(file / "unet")
+    if not files:
+        refuse_pickles(file)
+        raise UserError(
+            f"{file} holds no delta weights: expected {PUBLISHED} or a UNet's .safetensors weights. Give the file or "
+            "folder of a delta."
+        )
+    return files[0]
 
 
 def _examples(keys: Sequence[str]) -> str:
@@ -89,18 +112,19 @@ def student_metadata(
     windows: Windows, prediction_type: str, network_time: str = "index", **more: Any
 ) -> dict[str, str]:
     """Text metadata that says how a student's weights are to be sampled; ``more`` (base, recipe, steps, ...) is stored
-    as text."""
+    as text, a base on this disk and a family's file by their own names."""
     settings = {
         "windows": json.dumps(list(windows.boundaries)),
         "prediction_type": prediction_type,
         "network_time": network_time,
     }
-    return settings | {key: str(value) for key, value in more.items()}
+    shown = {key: public_name(more[key]) for key in ("base", "family") if key in more}
+    return settings | {key: str(value) for key, value in (more | shown).items()}
 
 
 def delta_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a delta, a .safetensors file or its published folder; {} if it has none."""
-    return read_metadata(_delta_file(path))
+    return read_metadata(_metadata_file(path))
 
 
 def student_settings(path: str | Path) -> dict[str, Any]:

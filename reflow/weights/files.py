@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,7 +20,41 @@ from reflow.outputs import check_output
 State = Mapping[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")  # in a file's stem
+
+CONVERT = (
+    "Pickles can run code when they are read; convert weights that you trust with diffusers' "
+    "UNet2DConditionModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+)
+
+
+def public_name(path: str | Path) -> str:
+    """What cards and metadata, which are passed on, say of a file or folder here: its own name, without the folders
+    around it. The name of a hub repository stays."""
+    if HUB_NAME.fullmatch(str(path)) and not Path(path).exists():
+        return str(path)
+    return os.path.basename(os.path.abspath(os.path.expanduser(path))) or str(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into, and those around it. Raises UserError where the file system does not let it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder} cannot be made ({error.strerror or error}); choose another place to write to."
+        ) from error
+
+
+def save_tensors(state: State, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """safetensors' save_file, with the access rights that any new file gets here: it makes files of its own that
+    nobody but their owner can read."""
+    path.touch()
+    rights = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(state), str(path), metadata=None if metadata is None else dict(metadata))
+    if stat.S_IMODE(path.stat().st_mode) != rights:
+        path.chmod(rights)
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
@@ -91,6 +126,18 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file} is missing, damaged or cut short ({error}). Write or download it again.") from error
 
 
+def _must_be_safetensors(file: Path) -> None:
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is not a .safetensors file; only safetensors weights are read. {CONVERT}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises UserError where a UNet's or a pipeline's folder holds its weights as pickles alone."""
+    pickles = [file for place in (folder, folder / "unet") for file in sorted(place.glob(f"{WEIGHTS}*.bin"))]
+    if pickles:
+        raise UserError(f"{folder} holds {pickles[0].name} and no .safetensors weights. {CONVERT}")
+
+
 def read_state(source: str | Path | State) -> dict[str, torch.Tensor]:
     """A state dict from a .safetensors file, a diffusers UNet folder or a whole pipeline folder; a mapping passes
     through.
@@ -101,13 +148,13 @@ def read_state(source: str | Path | State) -> dict[str, torch.Tensor]:
         return dict(source)
     path = Path(source)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path} is not a .safetensors file; only safetensors weights are read.")
+        _must_be_safetensors(path)
         return _load(path)
     for folder in (path, path / "unet"):
         files = weight_files(folder)
         if files:
             return {key: tensor for file in files for key, tensor in _load(file).items()}
+    refuse_pickles(path)
     raise UserError(
         f"{path} holds no UNet weights: expected a .safetensors file, a folder with {WEIGHTS}.safetensors, or a "
         "diffusers pipeline folder with such a file under unet/."
@@ -115,7 +162,8 @@ def read_state(source: str | Path | State) -> dict[str, torch.Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a .safetensors file; {} if it has none."""
+    """The text metadata of a .safetensors file; {} if it has none. Raises UserError for another or a damaged file."""
+    _must_be_safetensors(Path(path))
     try:
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})
@@ -141,15 +189,14 @@ def write_state(
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(
-            cast(state, None if dtype is None else dtype_of(dtype)),
-            temporary,
-            metadata={"format": "pt", **(metadata or {})},
-        )
+        ready = cast(state, None if dtype is None else dtype_of(dtype))
+        save_tensors(ready, temporary, {"format": "pt", **(metadata or {})})
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

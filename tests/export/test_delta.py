@@ -1,5 +1,7 @@
 """Delta weights: exact sums in fp32, and a report of every key that does not fit."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,9 @@ from safetensors.torch import save_file
 
 from reflow.errors import UserError
 from reflow.flow import Windows
+from reflow.training.checkpoint import save_weights
 from reflow.weights.delta import make_delta, merge, student_metadata, student_settings, write_delta
-from reflow.weights.files import read_state
+from reflow.weights.files import read_state, write_state
 
 
 def state(seed, scale=1.0, dtype=torch.float32):
@@ -117,6 +120,35 @@ def test_a_delta_needs_one_architecture():
         make_delta(state(0), other)
     with pytest.raises(UserError, match="same architecture"):
         make_delta(state(0), {**state(1), "more": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("mask, rights", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weight_files_have_the_rights_of_any_new_file(tmp_path, mask, rights):
+    before = os.umask(mask)
+    try:
+        files = [write_state(state(0), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"]
+        save_weights(state(0), files[1], {})
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777 for file in files] == [rights, rights]
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("some/base", "some/base"),
+        ("here/base", "base"),
+        ("/data/models/base/", "base"),
+        ("~/base", "base"),
+        ("../x/base.safetensors", "base.safetensors"),
+        ("builtin", "builtin"),
+        (".", "work"),
+    ],
+)
+def test_what_is_passed_on_has_names_and_no_paths(tmp_path, monkeypatch, path, name):
+    (tmp_path / "work" / "here" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert student_metadata(Windows.uniform(4), "ddim_eps", base=path)["base"] == name
 
 
 def test_reading_weights_wherever_they_lie(tmp_path, sd15):

@@ -119,9 +119,12 @@ def test_a_single_file_says_how_it_is_used_and_samples_the_student(reflow, here,
         "## Recipe",
         "guidance_scale = 7.5",
         "cache: photos",
-        f"A 4-step student of {base}",
+        f"A 4-step student of {base.name}, ",
+        f'base = "{base.name}"',
     ):
         assert piece in card, piece
+    # What is passed on says nothing of where things lie on this machine.
+    assert says["base"] == base.name and not re.search(r"(?<![\w./:<])/\w", card + json.dumps(says))
     if dtype == "fp16":
         return
     # The file alone, with the base's tokenizer and configs, is the student.

@@ -35,7 +35,8 @@ def models(tmp_path_factory):
     pipe.scheduler = tiny_pipelines.ddim("v_prediction")
     pipe.save_pretrained(place / "v")
     delta = make_delta(base, moved(base, 2))
-    says = student_metadata(Windows.uniform(4), "ddim_eps", base_prediction_type="epsilon")
+    told = dict(base_prediction_type="epsilon", guidance_scale=2.5, teacher_guidance_scale=7.5)
+    says = student_metadata(Windows.uniform(4), "ddim_eps", **told)
     write_state(delta, place / "delta.safetensors", metadata=says)
     return place, delta
 
@@ -127,6 +128,49 @@ def test_what_does_not_fit_is_refused(reflow, models, here, base, options, words
     with pytest.raises(UserError, match=words):
         reflow("merge", "--base", place / base, "--delta", place / "delta.safetensors", "--out", "out", *options)
     assert not list(here.iterdir())
+
+
+def test_the_card_keeps_the_guidance_and_no_path(reflow, models, here):
+    place, _ = models
+    assert reflow("merge", "--base", place / "sd15", "--delta", place / "delta.safetensors", "--out", "fast") == 0
+    card = (here / "fast" / "README.md").read_text()
+    assert "guidance_scale=2.5" in card and "| guidance_scale of the teacher in training | 7.5 |" in card
+    assert "The weights of sd15 plus 1 times the delta weights delta.safetensors." in card and str(place) not in card
+
+
+def test_a_delta_that_is_not_here_or_no_safetensors(reflow, models, here):
+    place, delta = models
+    merge = ("merge", "--base", place / "sd15", *PERFLOW, "--out", "out", "--delta")
+    with pytest.raises(UserError, match="There is no file or folder some/delta.* hf download some/delta --local-dir"):
+        reflow(*merge, "some/delta")
+    with pytest.raises(UserError, match="There is no file gone/delta.safetensors"):
+        reflow(*merge, "gone/delta.safetensors")
+    unet = tiny_pipelines.sd15_unet()
+    unet.save_pretrained("pickled", safe_serialization=False)
+    with pytest.raises(UserError, match="pickled holds diffusion_pytorch_model.bin and no .safetensors .* convert"):
+        reflow(*merge, "pickled")
+    with pytest.raises(UserError, match="model.bin is not a .safetensors file; .* convert"):
+        reflow(*merge, "pickled/diffusion_pytorch_model.bin")
+    (here / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no delta weights: expected delta_weights.safetensors or"):
+        reflow(*merge, "empty")
+    # Shards are one delta, and its first speaks for it.
+    unet.load_state_dict(delta)
+    unet.save_pretrained("shards", max_shard_size="400KB")
+    assert len(list((here / "shards").glob("*.safetensors"))) > 1
+    assert reflow(*merge, "shards") == 0
+
+
+def test_a_place_that_cannot_be_made_is_one_sentence(reflow, models, here):
+    place, _ = models
+    (here / "file").write_text("")
+    merge = ("merge", "--base", place / "sd15", "--delta", place / "delta.safetensors", "--out")
+    with pytest.raises(UserError, match="The folder file/in cannot be made .* choose another place"):
+        reflow(*merge, "file/in/out")
+    with pytest.raises(UserError, match="The folder file cannot be made .* choose another place"):
+        write_state({}, "file/out.safetensors")
+    with pytest.raises(UserError, match="The folder file/out cannot be made"):
+        reflow("sample", "--model", place / "sd15", "--prompt", "abc", "--steps", 1, "--out", "file/out")
 
 
 def test_a_whole_model_is_no_delta(reflow, models, here):

@@ -91,8 +91,16 @@ def test_ckpt_files_and_files_without_the_old_prefix(made, tmp_path):
     stock = pipe.text_encoder.state_dict()
     assert all(torch.equal(t, stock[key]) for key, t in base.text_encoders[0].state_dict().items())
     torch.save({"state_dict": state, "callbacks": subprocess.Popen}, tmp_path / "code.ckpt")
-    with pytest.raises(UserError, match="holds pickled code"):
-        family(name).load(tmp_path / "code.ckpt", tokenizer=str(folder), config=str(folder))
+    for bad in ("code.ckpt", "\x1b[31mred\u202e.ckpt"):
+        (tmp_path / bad).write_bytes((tmp_path / "code.ckpt").read_bytes())
+        with pytest.raises(UserError, match="it asks for [a-z]+.Popen.*holds pickled code") as told:
+            family(name).load(tmp_path / bad, tokenizer=str(folder), config=str(folder))
+        assert str(told.value).isprintable() and "two options" not in str(told.value)
+    assert r"\x1b[31mred\u202e.ckpt cannot be read" in str(told.value)
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "code.ckpt").read_bytes()[:300])
+    with pytest.raises(UserError, match="cut.ckpt cannot be read .*it is damaged") as told:
+        family(name).load(tmp_path / "cut.ckpt", tokenizer=str(folder), config=str(folder))
+    assert str(told.value).isprintable()
 
 
 @pytest.mark.parametrize("how", ["key", "modelspec", "student", "given", "over"])

@@ -66,7 +66,8 @@ def test_a_negative_prompt_is_what_guidance_moves_away_from(reflow, exported, he
     call = dict(windows=4, guidance_scale="3,2")
     assert same("samples/00000.png", sample(base, base.unet, ["abc"], 4, [0], null=null, **call).images[0])
     assert not same("samples/00000.png", sample(base, base.unet, ["abc"], 4, [0], **call).images[0])
-    assert read_note("samples/00000.png")["negative_prompt"] == "dog"
+    note = read_note("samples/00000.png")
+    assert note["negative_prompt"] == "dog" and note["model"] == folder.name
     with pytest.raises(UserError, match="--negative-prompt does nothing without guidance"):
         reflow("sample", "--base", folder, "--prompt", "abc", "--negative-prompt", "dog")
 
