@@ -35,6 +35,8 @@ def changed(run_dir: pathlib.Path, recipe: Recipe) -> list[str]:
     """What differs, for this recipe, between the rules that a run was started with and those of this code. Runs before the file had version 1."""
     try:
         told = json.loads((run_dir / FILE).read_text())
+        if not isinstance(told, dict):
+            raise ValueError("it holds no table of versions")
     except FileNotFoundError:
         told = {}
     except (OSError, ValueError) as error:

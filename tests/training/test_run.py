@@ -220,9 +220,10 @@ def test_a_run_that_followed_other_rules_does_not_go_on_silently(tmp_path):
     (tmp_path / "run" / "rules.json").unlink()  # as older versions left it
     with pytest.raises(UserError, match="train.ema_warmup is now a share .*version 1 -> 2.*--allow-config-change"):
         run.train(recipe, tmp_path / "run")
-    (tmp_path / "run" / "rules.json").write_text("{")
-    with pytest.raises(UserError, match="rules.json cannot be read"):
-        run.train(recipe, tmp_path / "run")
+    for damaged in ("{", "[]"):
+        (tmp_path / "run" / "rules.json").write_text(damaged)
+        with pytest.raises(UserError, match="rules.json cannot be read"):
+            run.train(recipe, tmp_path / "run")
     (tmp_path / "run" / "rules.json").unlink()
     assert run.train(recipe, tmp_path / "run", allow_config_change=True) == 0
     assert run.train(recipe, tmp_path / "run") == 0
