@@ -160,7 +160,7 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
         "base": f"the {recipe.model.family} model of reflow" if builtin else recipe.model.base,
         "family": recipe.model.family,
         "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{dump(recipe)}```",
-        "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {recipe.data.path}",
+        "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {', '.join(place.path for place in recipe.data.places)}",
         "guidance": {
             "guidance_scale": recipe.validate_.guidance_scale,
             "guidance_scale of the teacher in training": recipe.teacher.guidance_scale,
