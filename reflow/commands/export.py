@@ -176,7 +176,7 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
 
     stage = stage_of(weights)
     builtin = recipe.model.base == "builtin"
-    data = public_name(recipe.data.path) if recipe.data.path else ""
+    data = ", ".join(public_name(place.path) for place in recipe.data.places if place.path)
     # Of paths that lead out of the working folder only the last name.
     toml = re.sub(r'"((?:/|~|\.\.?/)[^"]*)"', lambda found: f'"{public_name(found[1])}"', dump(recipe))
     card: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reflow.errors import UserError
+from reflow.flow.schedule import DiscreteVP
 from reflow.models.family import PARTS, Base, Family
 from reflow.models.parts import REMEDY, WEIGHTS, read_json
 from reflow.quiet import quiet_imports
@@ -55,6 +56,7 @@ def load_base(
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     if "unet" in parts:
+        check_schedule(configs["scheduler"], folder / "scheduler" / "scheduler_config.json")
         base.unet = _network(UNet2DConditionModel, folder / "unet", dtype).to(device)
     if "vae" in parts:
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else dtype
@@ -66,6 +68,15 @@ def load_base(
         )
         base.tokenizers = tuple(_tokenizer(folder / name) for name in tokenizers)
     return base
+
+
+def check_schedule(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError naming the file where a scheduler's config describes no noise schedule of a discrete VP network."""
+    try:
+        DiscreteVP.from_config(config)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"{file} describes no noise schedule that can be read ({reason}). {REMEDY}") from error
 
 
 def _folder(family: Family, path: str | Path, single: Mapping[str, str]) -> Path:

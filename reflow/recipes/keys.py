@@ -28,8 +28,10 @@ def sections() -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         target = node.get("$ref") or node.get("items", {}).get("$ref")
         if target:
             table = schema["$defs"][target.rpartition("/")[2]]
-            required = set(table.get("required", ()))
-            yield name, table["description"], {key: {**sub, "required": key in required} for key, sub in table["properties"].items()}
+            inner = {key: sub["items"]["$ref"] for key, sub in table["properties"].items() if "$ref" in sub.get("items", {})}
+            for key, place in inner.items():
+                table["properties"][key]["items"] = {**schema["$defs"][place.rpartition("/")[2]]}
+            yield name, table["description"], table["properties"]
 
 
 def page() -> str:
@@ -52,13 +54,15 @@ def kind(node: dict[str, Any]) -> str:
     if node["type"] == "array":
         inner = node.get("prefixItems")
         return f"{len(inner)} of: {kind(inner[0])}" if inner else f"list of: {kind(node['items'])}"
+    if node["type"] == "object":
+        return "{" + ", ".join(f"`{key}`: {kind(sub)}, {default(sub, key in node['required'])}" for key, sub in node["properties"].items()) + "}"
     bounds = [f"{word} {node[name]:g}" for name, word in BOUNDS.items() if name in node]
     return NAMES[node["type"]] + (f" {', '.join(bounds)}" if bounds else "")
 
 
-def default(node: dict[str, Any]) -> str:
+def default(node: dict[str, Any], required: bool = False) -> str:
     """The default as a recipe would write it."""
-    if node.get("required") or "default" not in node:
+    if required or "default" not in node:
         return "must be given"
     return "-" if node["default"] is None else f"`{toml_value(node['default'])}`"
 

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 
 from reflow.errors import UserError
-from reflow.recipes.settings import Recipe, Stage
+from reflow.recipes.settings import Place, Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
 FREE_SECTIONS = ("validate", "checkpoint", "log", "name")
@@ -100,6 +100,9 @@ def check(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {key} has loss 'aligned_v' with objective.points = 'schedule', whose target is the window's end and no "
                             f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
     check_memory(recipe, where)
+    if recipe.data.sources and (recipe.data.path or recipe.data.source == "digits"):
+        other = f"data.path = '{recipe.data.path}'" if recipe.data.path else "data.source = 'digits', which lies in one place"
+        raise UserError(f"{where}: data.sources stands beside {other}; write the one or the other (source = 'cache' or 'stream' for several places).")
     if recipe.model.compile and recipe.train.zero_stage == 3:
         raise UserError(f"{where}: model.compile = true cannot be used with train.zero_stage = 3, whose hooks gather weights inside the blocks that "
                         f"are compiled; write compile = false, or zero_stage 0 to 2.")
@@ -145,7 +148,7 @@ def fields_at(location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
-        model = Stage if part == "stages" else field.annotation
+        model = {"stages": Stage, "sources": Place}.get(part, field.annotation)
     return [f.alias or name for name, f in model.model_fields.items()]
 
 
@@ -198,6 +201,8 @@ def toml_value(value: Any) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return str(value)

@@ -55,6 +55,15 @@ class Model(Section):
     """Layers that a LoRA changes, by the ends of their names; also ff.net.2, proj_in, conv1, ..."""
 
 
+class Place(Section):
+    """One of several places that data come from."""
+
+    path: str
+    """As `data.path`."""
+    repeats: PositiveInt = 1
+    """How often an epoch visits each of its items."""
+
+
 class Data(Section):
     """What the windows start from: latents and captions, encoded once."""
 
@@ -62,6 +71,8 @@ class Data(Section):
     """digits: the 1,797 scans that scikit-learn ships; cache: what `reflow prepare` made; stream: images encoded as they come."""
     path: str = ""
     """cache: its folder; stream: a folder of images, tars or parquet files, or a dataset's name on the hub."""
+    sources: tuple[Place, ...] = ()
+    """Instead of `path`: several of them, each with how often an epoch visits its items."""
     caption_drop: Fraction = 0.1
     """Share of samples whose caption becomes the null prompt."""
     resolution: NonNegativeInt = 0
@@ -80,6 +91,11 @@ class Data(Section):
     """stream: share of images that may be unreadable; the next one stands in for each."""
     other_unet: bool = False
     """cache: take one that was made beside another UNet, where VAE and text encoders are the same."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the data come from, one place or several."""
+        return self.sources or (Place(path=self.path),)
 
 
 class Student(Section):

@@ -164,7 +164,8 @@ def latent_of(recipe: Recipe, base: Base) -> tuple[int, int, int]:
         from reflow.data.cache import read_manifest
 
         try:
-            shapes = [tuple(shard["shape"]) for shard in read_manifest(Path(recipe.data.path))["shards"]["latents"] if "shape" in shard]
+            made = [read_manifest(Path(place.path)) for place in recipe.data.places]
+            shapes = [tuple(shard["shape"]) for manifest in made for shard in manifest["shards"]["latents"] if "shape" in shard]
         except (UserError, KeyError):
             shapes = []
         if shapes:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from reflow.recipes import reading
 from reflow.data.cache import CachedDataset
+from reflow.data.joined import Joined
 from reflow.data.latents import LatentDataset, encode_digits
 from reflow.data.shapes import Shaped
 from reflow.data.stream import StreamDataset, stream
@@ -59,15 +60,17 @@ def say_free_changes(changes: dict[str, str], data: Shaped, allow_config_change:
             print(f"The run resumes with {key} = {change} (results equal to rounding).", flush=True)
 
 
-def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | StreamDataset:
+def load_data(recipe: Recipe, base: Base) -> LatentDataset | CachedDataset | StreamDataset | Joined:
     if recipe.data.source == "digits":
         return encode_digits(base)
     if recipe.data.source not in ("cache", "stream"):
         near = reading.nearest(recipe.data.source, ["digits", "cache", "stream"])
         raise UserError(f"data.source = '{recipe.data.source}' is not known{near}; write 'digits', 'cache' with the --out of "
                         f"`reflow prepare` as data.path, or 'stream' with images as data.path.")
-    cached = recipe.data.source == "cache"
-    data = CachedDataset(recipe.data.path, base, other_unet=recipe.data.other_unet) if cached else stream(recipe.data, base)
+    places, cached = recipe.data.places, recipe.data.source == "cache"
+    parts = [CachedDataset(place.path, base, other_unet=recipe.data.other_unet) if cached
+             else stream(recipe.data.model_copy(update={"path": place.path}), base) for place in places]
+    data = Joined(parts, [place.repeats for place in places]) if recipe.data.sources else parts[0]
     check_shapes(recipe, data)
     return data
 

@@ -218,6 +218,15 @@ def test_missing_and_damaged_configs(broken, name):
         family("digits").load(broken)
 
 
+@pytest.mark.parametrize("change", [{"beta_schedule": "odd"}, {"beta_start": None}, {"beta_start": "x"}, {"trained_betas": "abc"},
+                                    {"trained_betas": {}}, {"num_train_timesteps": "many"}, {"num_train_timesteps": -3}], ids=str)  # fmt: skip
+def test_a_scheduler_config_without_a_schedule(broken, change):
+    file = broken / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"scheduler_config.json describes no noise schedule that can be read \(\S.*\S\)\. Download"):
+        family("digits").load(broken, parts=("unet",))
+
+
 def test_missing_tokenizer(broken):
     shutil.rmtree(broken / "tokenizer_2")
     with pytest.raises(UserError, match="tokenizer_2 has no tokenizer"):
