@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from reflow.data import sampler
 from reflow.errors import UserError
@@ -175,7 +176,7 @@ class Validation:
         said = verdict.sentence(self.flow.index + 1, steps, fine, found)
         self.log.write("verdict", total, {"stage": self.flow.index, "steps": steps, "teacher_steps": fine, "teacher_guidance": self.guidances[0],
                                           "student_guidance": self.guidances[1], **found, "said": said})
-        print(said, flush=True)
+        tqdm.write(said)  # on a line of its own, beside the bar
 
 
 def counted(steps: int) -> str:

@@ -84,9 +84,9 @@ def test_a_run_on_several_places_resumes_to_the_bit(places, tmp_path, monkeypatc
         patch.setattr(Engine, "step", stops)
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe, tmp_path / "cut")
-    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "stage-0-000000016"
+    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "stage-1-000000016"
     assert run.train(recipe, tmp_path / "cut") == 0
-    whole, cut = (load_file(tmp_path / name / "stage-0" / "unet_ema.safetensors") for name in ("whole", "cut"))
+    whole, cut = (load_file(tmp_path / name / "stage-1" / "unet_ema.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
