@@ -46,6 +46,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--caption", metavar="TEXT", help="of images that have none (default: that is an error)")
     parser.add_argument(
+        "--caption-lines", action="store_true", help="every line of a caption is a caption of the image"
+    )
+    parser.add_argument(
+        "--shuffle-tags",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="N orders of a caption's comma-separated tags, the first as it stands (default: 1)",
+    )
+    parser.add_argument("--keep-tags", type=int, default=0, metavar="K", help="the first K tags stay in front")
+    parser.add_argument(
         "--batch-size", type=positive, help="images encoded at once (default: 8 at 512 x 512, fewer for larger ones)"
     )
     parser.add_argument("--shard-size", type=positive, default=256, help="images a shard (default: 256)")
@@ -112,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     options = single_file_options(args)
     loader = functools.partial(load, args.family, args.base, options, null_prompt=args.null_prompt)
     source = open_source(args.data, caption=args.caption, image_column=args.image_column,
-                         caption_column=args.caption_column, split=args.split)  # fmt: skip
+                         caption_column=args.caption_column, split=args.split, caption_lines=args.caption_lines,
+                         shuffle_tags=args.shuffle_tags, keep_tags=max(args.keep_tags, 0))  # fmt: skip
     base = loader(workers.device_of(0))
     resolution = args.resolution or base.resolution
     sizes = [(resolution, resolution)]

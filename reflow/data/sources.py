@@ -15,6 +15,7 @@ from PIL import Image
 
 from reflow.data.pictures import SUFFIXES
 from reflow.data.source import Left, Source, said, stamp, why_left
+from reflow.data.variants import Variants
 from reflow.errors import UserError
 from reflow.lines import read_lines
 
@@ -173,13 +174,16 @@ def open_source(
     image_column: str = "",
     caption_column: str = "",
     split: str = "train",
+    caption_lines: bool = False,
+    shuffle_tags: int = 1,
+    keep_tags: int = 0,
 ) -> Source:
     """The source at a path.
 
     path: a folder of images, of tars or of parquet files, one such file, a pattern (`shards/*.tar`), a saved `datasets`
     folder, or the name of a dataset on the hub (from its local cache when offline). caption: of images that have none;
     None: that is an error. The columns are those of parquet and `datasets`; caption_column also names the entry of a
-    tar's .json. Raises UserError.
+    tar's .json. caption_lines, shuffle_tags and keep_tags: several captions of an image, see `Variants`. Raises UserError.
     """
     source = _open(str(path), image_column, caption_column, split)
     missing, first = source.uncaptioned()
@@ -193,6 +197,8 @@ def open_source(
     source.default = (caption or "").strip()
     if source.left:
         print(f"reflow: of {path}:{said(source.left)}", file=sys.stderr, flush=True)
+    if caption_lines or shuffle_tags > 1:
+        return Variants(source, lines=caption_lines, shuffles=shuffle_tags, keep=keep_tags)
     return source
 
 

@@ -154,6 +154,9 @@ def stream(settings: Data, base: Base) -> StreamDataset:
             image_column=settings.image_column,
             caption_column=settings.caption_column,
             split=settings.split,
+            caption_lines=settings.caption_lines,
+            shuffle_tags=settings.shuffle_tags,
+            keep_tags=settings.keep_tags,
         )
         return StreamDataset(source, base, sizes, max_bad_share=settings.max_bad_share)
 

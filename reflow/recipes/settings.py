@@ -87,6 +87,12 @@ class Data(Section):
     """stream: of a dataset."""
     missing_captions: Literal["error", "empty"] = "error"
     """stream: stop at an image without a caption, or take it with an empty one."""
+    caption_lines: bool = False
+    """stream: every line of a caption is a caption of the image; each of them is an item of its own."""
+    shuffle_tags: PositiveInt = 1
+    """stream: so many orders of a caption's comma-separated tags, the first as it stands; each of them is an item of its own."""
+    keep_tags: NonNegativeInt = 0
+    """stream: the first tags that `shuffle_tags` leaves in front."""
     max_bad_share: Fraction = 0.05
     """stream: share of images that may be unreadable; the next one stands in for each."""
     other_unet: bool = False
