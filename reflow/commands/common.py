@@ -132,6 +132,30 @@ def reading_of(weights: pathlib.Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def push_arguments(parser: argparse.ArgumentParser) -> None:
+    """Uploading to the hub, which happens only where it is asked for."""
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload what is written to this repository on the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public (default: private)")
+
+
+def check_push(args: argparse.Namespace) -> None:
+    """Raises UserError where --push cannot work, before anything is done for it."""
+    if args.public and not args.push:
+        raise UserError("--public belongs to --push; add --push OWNER/NAME, or leave it out.")
+    if args.push:
+        from reflow.export.hub import check
+
+        check(args.push)
+
+
+def push_written(args: argparse.Namespace, path: pathlib.Path, card: pathlib.Path | None = None) -> None:
+    """Upload it if that was asked for, and say where it is."""
+    if args.push:
+        from reflow.export.hub import push
+
+        print(f"on the hub: {push(path, args.push, card=card, private=not args.public)}")
+
+
 def free_name(name: str) -> pathlib.Path:
     """`name`, or the first of name-2, name-3, ... where nothing lies yet."""
     path, number = pathlib.Path(name), 1

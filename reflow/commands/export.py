@@ -9,7 +9,16 @@ import pathlib
 import re
 from typing import Any
 
-from reflow.commands.common import open_run, positive, reading_of, stage_of, student_file
+from reflow.commands.common import (
+    check_push,
+    open_run,
+    positive,
+    push_arguments,
+    push_written,
+    reading_of,
+    stage_of,
+    student_file,
+)
 from reflow.errors import UserError
 from reflow.recipes.settings import Recipe
 
@@ -40,9 +49,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, help="steps that a folder is meant to be sampled with (default: one a window)"
     )
+    push_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_push(args)
+    path = write(args)
+    push_written(args, path, None if path.is_dir() else card_file(path))
+    return 0
+
+
+def write(args: argparse.Namespace) -> pathlib.Path:
+    """Write what was asked for, say what it is, and return where it lies."""
     from reflow.weights.files import refuse_existing
 
     folder, recipe = open_run(args.run_dir)
@@ -80,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"LoRA of {recipe.name} ({which}) for {recipe.model.base}: {path}")
         print(lora_scheduler(base.scheduler_config, settings))
         print(lora_elsewhere(base.scheduler_config, settings, args.format, recipe.validate_.guidance_scale))
-        return 0
+        return path
     student = student_state(base.path, weights)
     if args.format == "delta":
         path = write_delta(base.path, student, args.out, dtype=args.dtype or "fp32", metadata=says)
         write_card("delta", path, base.scheduler_config, settings, card)
         print(f"Delta weights of {recipe.name} ({which}) against {recipe.model.base}: {path}")
-        return 0
+        return path
     if args.format == "single-file":
         scheduler = PiecewiseFlowScheduler.for_student(base.scheduler_config, **settings)
         guidance = recipe.validate_.guidance_scale
@@ -96,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"Single file of {recipe.name} ({which}): {path}")
         for program, how in other_programs(scheduler, stock_scheduler(scheduler)[0] is not None, guidance).items():
             print(f"{program}: {how}")
-        return 0
+        return path
     # What the student knows as the null prompt is what guidance must take in the folder too.
     null = {"force_zeros_for_empty_prompt": base.zero_null} if base.family.pooled else {}
     done = export_folder(
@@ -104,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"diffusers folder of {recipe.name} ({which}): {done.path}")
     print(scheduler_line(done))
-    return 0
+    return done.path
 
 
 def lora_scheduler(config: Any, settings: dict[str, Any]) -> str:

@@ -7,7 +7,10 @@ import pathlib
 from typing import Any
 
 from reflow.commands.common import (
+    check_push,
     positive,
+    push_arguments,
+    push_written,
     reading_arguments,
     reading_given,
     single_file_arguments,
@@ -48,10 +51,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the written weights (default: fp16)"
     )
     parser.add_argument("--steps", type=positive, help="steps it is meant to be sampled with (default: one a window)")
+    push_arguments(parser)
     reading_arguments(parser, "for a delta that does not say how its student is sampled")
 
 
 def run(args: argparse.Namespace) -> int:
+    check_push(args)
     import torch
 
     from reflow.commands.export import scheduler_line
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     print(report)
     print(f"diffusers folder: {done.path}")
     print(scheduler_line(done))
+    push_written(args, done.path)
     return 0
 
 

@@ -363,3 +363,22 @@ def test_a_prompt_ends_at_the_end_of_its_line_alone(place, here, monkeypatch):
     (here / "odd [1].txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="no UTF-8"):
         sample_command.read_prompts(args)
+
+
+def test_export_uploads_only_when_it_is_asked_to_and_checks_that_first(reflow, run_dir, here, monkeypatch, capsys):
+    from reflow.export import hub
+
+    pushed = []
+    monkeypatch.setattr(hub, "push", lambda path, repo, **options: pushed.append((str(path), repo, options)) or "https://hub/me/seven")
+    assert reflow("export", "--run-dir", run_dir, "--out", "plain") == 0 and not pushed
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        reflow("export", "--run-dir", run_dir, "--out", "never", "--push", "me/seven")
+    with pytest.raises(UserError, match="--public belongs to --push"):
+        reflow("export", "--run-dir", run_dir, "--out", "never", "--public")
+    assert not (here / "never").exists()
+    monkeypatch.setattr(hub, "check", lambda repo: None)
+    assert reflow("export", "--run-dir", run_dir, "--out", "folder", "--push", "me/seven") == 0
+    assert reflow("export", "--run-dir", run_dir, "--out", "d.safetensors", "--format", "delta", "--push", "me/seven", "--public") == 0
+    assert pushed[0] == ("folder", "me/seven", {"card": None, "private": True})
+    assert pushed[1][:2] == ("d.safetensors", "me/seven") and str(pushed[1][2]["card"]) == "d.md" and not pushed[1][2]["private"]
+    assert capsys.readouterr().out.count("on the hub: https://hub/me/seven") == 2
