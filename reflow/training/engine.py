@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -140,12 +141,16 @@ class Engine:
         self.shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
         trainable = [p for p in module.parameters() if p.requires_grad]
         config = config_for(train, accumulation, sum(p.numel() for p in trainable), dist.get_world_size())
+        # DeepSpeed casts the module before it copies the masters, which would then hold weights rounded to bf16.
+        exact = {n: p.detach().to("cpu", copy=True) for n, p in module.named_parameters() if p.requires_grad} if train.precision == "bf16" else {}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=trainable, optimizer=optimizers.build(trainable, train), config=config)
         self.module = self.engine.module
         self.stage = self.engine.zero_optimization_stage()
         self.params = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.masters, self.pieces = self._locate()
+        if exact:
+            self.scatter(exact, self.masters)
         # ZeRO and the bf16 wrapper keep the recipe's optimizer inside their own.
         self.base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         # Without ZeRO in fp32 DeepSpeed drops the norm that it clips by, and takes none where nothing is clipped.
@@ -188,21 +193,35 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
-        """One micro-batch is done; at the accumulation boundary the optimizer steps with this learning rate."""
+    def step(self, learning_rate: float) -> bool:
+        """One micro-batch is done; at the accumulation boundary the optimizer steps with this learning rate.
+
+        False where it was the boundary and no step was taken, because the gradient is not finite: one rule at every stage and precision.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.plain and not self.engine.gradient_clipping() and self.engine.is_gradient_accumulation_boundary():
+        boundary, self.dropped = self.engine.is_gradient_accumulation_boundary(), False
+        if self.plain and not self.engine.gradient_clipping() and boundary:
             self.norm = torch.stack([p.grad.float().norm() for p in self.params.values() if p.grad is not None]).norm()
+            self._drop()
         self.engine.step()
+        return not boundary or (self.engine.was_step_applied() and not self.dropped)
 
     def _clip(self) -> None:
         self.norm = self.clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.engine.gradient_clipping(), mpu=self.engine.mpu)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Take away gradients whose norm is not finite, so that the optimizer passes all parameters over; elsewhere DeepSpeed does so."""
+        self.dropped = not bool(torch.isfinite(self.norm))
+        if self.dropped:
+            for parameter in self.params.values():
+                parameter.grad = None
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last optimizer step's gradient over all ranks, before clipping. Waits for the device; kept there until it is asked for."""
+        """Norm of the last optimizer step's gradient over all ranks, before clipping; None where it is not finite. Waits for the device; kept there until it is asked for."""
         norm = self.norm if self.plain else self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def named(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole fp32 tensors by parameter name on rank 0's CPU, empty elsewhere, from buffers laid out as `masters`. All ranks call it."""

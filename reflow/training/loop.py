@@ -147,7 +147,7 @@ class Loop:
         say(f"stage {index + 1}: {'reading' if stage.stored else 'solving'} the first batch and taking the first step"
             f"{' (model.compile: blocks that are not compiled yet are compiled now)' if recipe.model.compile else ''}")
         bar = Progress(f"stage {index + 1}/{len(recipe.stages)}, {len(flow.active)} windows", total, step * train.batch_size, self.rank == 0)
-        since, excluded = time.monotonic(), 0
+        since, excluded, skipped, counted, fresh = time.monotonic(), 0, [], 0, step == 0
         while step < steps:
             done = step * train.batch_size
             rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
@@ -156,7 +156,8 @@ class Loop:
             for samples in rows:
                 with clock.part("data" if stage.stored else "teacher"):
                     solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
-                self.micro_step(engine, flow, solved, samples, rate, meter, clock, step)
+                if not self.micro_step(engine, flow, solved, samples, rate, meter, clock, step):
+                    skipped.append(step)
             ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
             step, done = step + 1, done + train.batch_size
             bar.advance(train.batch_size)
@@ -165,11 +166,14 @@ class Loop:
             if crossed(done, recipe.log.every, train.batch_size) or last:
                 record, seconds = meter.read(), time.monotonic() - since
                 excluded += record["excluded"]
+                record["skipped_steps"] = len(skipped) - counted
+                counted = len(skipped)
                 self.log.write("train", before + done, {
                     "stage": index, "samples": done, "learning_rate": rate, **record, "grad_norm": engine.gradient_norm(), "seconds": clock.read(),
                     "samples_per_second": pace.read(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
                 bar.show(loss=record["loss"])
                 self.stop_if_not_finite(record, excluded, index)
+                self.stop_if_skipped(skipped, excluded, index, steps if fresh and last else None)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
                     validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
@@ -207,8 +211,8 @@ class Loop:
         return store.load()
 
     def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,
-                   clock: Clock, step: int) -> None:
-        """One forward and backward over `samples`; the last of an accumulation steps the optimizer."""
+                   clock: Clock, step: int) -> bool:
+        """One forward and backward over `samples`; the last of an accumulation steps the optimizer, or returns False where it could not."""
         recipe, table, chords = self.recipe, flow.table, flow.stage.chords_per_solve
         with clock.part("data"):
             draws = sampler.chord_draws(recipe.train.seed, flow.index, samples).to(self.device)
@@ -228,7 +232,7 @@ class Loop:
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)
             engine.backward(result.loss)
         with clock.part("optimizer"):
-            engine.step(rate)
+            return engine.step(rate)
 
     def stop_if_not_finite(self, record: dict, excluded: int, stage: int) -> None:
         """Leave with the batch's name when more samples were not finite than the recipe allows. Every rank decides the same."""
@@ -242,6 +246,14 @@ class Loop:
                         f"{'The last good checkpoint is ' + str(latest) if latest else 'There is no checkpoint yet'}; lower "
                         f"train.learning_rate or look at those samples.")
 
+    def stop_if_skipped(self, skipped: list[int], excluded: int, stage: int, steps: int | None) -> None:
+        """Leave where steps without a finite gradient lose more samples than the recipe allows, or, of a whole stage of `steps`, all."""
+        batch, limit = self.recipe.train.batch_size, self.recipe.train.max_nonfinite
+        if skipped and (excluded + len(skipped) * batch > limit or len(skipped) == steps):
+            raise UserError(f"The gradient is not finite in {len(skipped)} steps of stage {stage + 1}, the first is step {skipped[0]} (samples "
+                            f"{skipped[0] * batch} to {skipped[0] * batch + batch - 1}); they were not taken, and train.max_nonfinite allows {limit} "
+                            f"samples. The last good checkpoint is {self.checkpoints.latest() or 'none'}; lower train.learning_rate or "
+                            f"train.clip, or look at those samples.")
 
     def refuse_damaged(self, engine: Engine, stage: int, step: int) -> None:
         """Weights that are not finite never reach a file, so what stands on disk stays good."""
