@@ -173,7 +173,7 @@ class Loop:
                     "samples_per_second": pace.read(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
                 bar.show(loss=record["loss"])
                 self.stop_if_not_finite(record, excluded, index)
-                self.stop_if_skipped(skipped, excluded, index, steps if fresh and last else None)
+            self.stop_if_skipped(skipped, excluded, index, steps if fresh and last else None)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
                     validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
