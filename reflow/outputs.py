@@ -27,6 +27,7 @@ CURES = {
 # How writers that are not Python's name the number of a failure of the system.
 NUMBER = re.compile(r"\bcode: (\d+)|\bos error (\d+)|\[errno (\d+)\]", re.IGNORECASE)
 PLACE = re.compile(r'at path "([^"]+)"')
+OWN = re.compile(r"\.lock|\..+\.tmp(\.npy)?")
 THEIRS = ("safetensors", "pyarrow")
 
 
@@ -48,6 +49,12 @@ def check_output(path: str | Path, what: str = "--out") -> Path:
         why = CURES.get(error.errno or 0, f"{error.strerror or error}; choose another place")
         raise UserError(f"{what} {path} cannot be written in {place}: {why}.") from error
     return path
+
+
+def others(folder: Path, *own: str) -> list[Path]:
+    """What lies in a folder beside the leftovers of a command of ours that was killed: its lock, files that were being written, and the
+    files named `own`."""
+    return [path for path in folder.iterdir() if path.name not in own and not OWN.fullmatch(path.name)]
 
 
 def of_the_system(error: BaseException) -> OSError | None:

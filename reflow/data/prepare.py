@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,9 @@ from reflow.data.encode import Encoder, cut_captions
 from reflow.data.shards import Skipped, grow, notes_of, vectors, write_json
 from reflow.data.source import Source
 from reflow.errors import UserError
+from reflow.locks import alone
 from reflow.models.family import Base
+from reflow.outputs import others
 from reflow.weights.files import save_tensors
 
 Progress = Callable[[str, int], None]  # (kind as in `Preparation.totals`, how many more)
@@ -113,10 +115,9 @@ class Preparation:
                 raise UserError(
                     f"{self.out} holds a cache of other settings or images ({'; '.join(other)}); give another --out."
                 )
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        elif others(self.out):
             raise UserError(f"--out {self.out} is not empty and holds no cache; give a new folder.")
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
             manifest = {
                 "complete": False,
                 "fingerprint": fingerprint(self.base),
@@ -138,9 +139,17 @@ class Preparation:
 
         count: processes; those after this one load their base by `loader(device)`.
         """
-        manifest = self.begin()
-        with alone(self.out):
-            return self.work(manifest, progress, count, loader)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; give a new folder.")
+        new = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with alone(self.out, "A `reflow prepare`"):
+                return self.work(self.begin(), progress, count, loader)
+        except UserError:
+            if new and not (self.out / MANIFEST).exists():
+                shutil.rmtree(self.out, ignore_errors=True)
+            raise
 
     def work(
         self, manifest: dict[str, Any], progress: Progress, count: int, loader: workers.Loader | None
@@ -300,19 +309,6 @@ class Preparation:
         manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts, "left_out": left}
         write_json(self.out / MANIFEST, manifest)
         return manifest
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises UserError where another process writes there."""
-    import fcntl
-
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"Another `reflow prepare` is writing to {folder}; wait for it, or stop it.") from error
-        yield
 
 
 def parts(total: int, size: int, first: int = 0) -> Iterator[range]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from reflow.data import sampler
 from reflow.errors import UserError
+from reflow.outputs import others
 from reflow.ranks import barrier
 from reflow.training.checkpoint import save_weights, write_atomic
 from reflow.training.solves import Solved, Solver
@@ -147,7 +148,7 @@ def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
         differing = differences(read_manifest(folder), told)
         if differing:
             raise UserError(f"{folder} holds pairs of other settings ({'; '.join(differing)}); give another --out.")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and others(folder):
         raise UserError(f"--out {folder} is not empty and holds no stored pairs; give a new folder.")
     elif dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -18,9 +19,11 @@ from reflow.data.shapes import Shaped
 from reflow.data.stream import StreamDataset, stream
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP
+from reflow.locks import alone
 from reflow.models import registry
 from reflow.models.family import Base
 from reflow.models.parts import need_finite
+from reflow.outputs import others
 from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import engine, loop, networks, rules, stages
@@ -38,7 +41,7 @@ def open_run_dir(run_dir: pathlib.Path, recipe: Recipe, allow_config_change: boo
         raise UserError(f"--run-dir {run_dir} is a file; give the name of a folder that is new or holds this run.")
     saved = run_dir / "recipe.toml"
     if not saved.exists():
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if run_dir.exists() and others(run_dir, rules.FILE):
             raise UserError(f"--run-dir {run_dir} is not empty and holds no run of reflow; give a new folder.")
         return {}
     before = reading.load(str(saved))
@@ -153,15 +156,17 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     changes = open_run_dir(run_dir, recipe, allow_config_change)
     device, base, data = begin(recipe)
     say_free_changes(changes, data, allow_config_change)
-    if dist.get_rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        rules.write(run_dir)
-        write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
-    barrier()
-    wait_until_shared(run_dir)
-    start = time.monotonic()
-    code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
-    if dist.get_rank() == 0 and code == 0:
-        print(f"Finished {recipe.name} in {time.monotonic() - start:.0f} s: {run_dir}", flush=True)
-    barrier()
+    with contextlib.ExitStack() as held:
+        if dist.get_rank() == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(run_dir, "A training"))
+            rules.write(run_dir)
+            write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
+        barrier()
+        wait_until_shared(run_dir)
+        start = time.monotonic()
+        code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
+        if dist.get_rank() == 0 and code == 0:
+            print(f"Finished {recipe.name} in {time.monotonic() - start:.0f} s: {run_dir}", flush=True)
+        barrier()
     return code

@@ -9,9 +9,10 @@ import pytest
 
 from reflow.commands.prepare import load
 from reflow.data import workers
-from reflow.data.prepare import Preparation, alone
+from reflow.data.prepare import Preparation
 from reflow.data.sources import open_source
 from reflow.errors import UserError
+from reflow.locks import alone
 from reflow.models import registry
 
 
@@ -91,8 +92,11 @@ def test_a_dead_process_is_said():
 
 
 def test_two_commands_do_not_write_one_cache(base, source, tmp_path):
-    (tmp_path / "out").mkdir()
     work = preparation(base, source, tmp_path / "new")
-    work.begin()
-    with alone(tmp_path / "new"), pytest.raises(UserError, match="Another `reflow prepare` is writing"):
+    (tmp_path / "new").mkdir()
+    with alone(tmp_path / "new", "A `reflow prepare`"), pytest.raises(UserError, match="A `reflow prepare` works in .*new already: process"):
         work.run()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [".lock"]
+    # What a killed beginning leaves does not keep the same command out.
+    (tmp_path / "new" / ".manifest.json.tmp").write_text("{")
+    assert work.run()["complete"]
