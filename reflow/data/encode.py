@@ -15,7 +15,7 @@ from reflow.data.pictures import fit
 from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.models.conditioning import Conditioning
-from reflow.models.family import Base
+from reflow.models.family import Base, head_of
 
 Picture = tuple[np.ndarray, list[int]]  # pixels [c,h,w] uint8, time ids
 
@@ -97,4 +97,4 @@ def cut_captions(base: Base, captions: Iterable[str]) -> int:
 
 
 def tokens(tokenizer: Any, caption: str) -> int:
-    return len(tokenizer(caption, verbose=False).input_ids)
+    return len(tokenizer(head_of(caption, tokenizer.model_max_length), verbose=False).input_ids)

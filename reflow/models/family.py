@@ -19,6 +19,19 @@ from reflow.models.conditioning import Conditioning
 PARTS = ("unet", "vae", "text")
 
 
+CHARACTERS = 100  # of a token at most: the longest of CLIP's vocabulary has 64
+
+
+def head_of(text: str, tokens: int) -> str:
+    """What of a text decides its first `tokens` tokens: a tokenizer takes some 200 bytes of memory for each byte of it.
+
+    Runs of blanks count once, as the tokenizers read them. A text that is not long is returned as it is.
+    """
+    if len(text) <= CHARACTERS * tokens:
+        return text
+    return " ".join(text.split())[: CHARACTERS * tokens]
+
+
 @dataclass
 class Base:
     """A pre-trained diffusion model, read from a diffusers folder. A part that was not asked for is None.
@@ -92,7 +105,7 @@ class Base:
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self._text(), strict=True):
             ids = tokenizer(
-                list(prompts),
+                [head_of(prompt, tokenizer.model_max_length) for prompt in prompts],
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,

@@ -24,6 +24,7 @@ from reflow.data.sources import open_source
 from reflow.data.stream import StreamDataset
 from reflow.errors import UserError
 from reflow.models import registry
+from reflow.models.family import head_of
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +343,24 @@ def test_the_command_prepares_tars_by_aspect_ratio_and_says_what_it_did(tmp_path
                   "1 captions longer than the tokenizer takes", "32x8: 2; 16x16: 3", "--set data.source=cache"):  # fmt: skip
         assert words in said, said
     assert "5.png" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+def test_an_endless_caption_is_tokenised_as_far_as_it_is_read(base, tmp_path, monkeypatch):
+    folder = scans(tmp_path / "data", 2)
+    text = "a handwritten   three " * 50_000
+    (folder / "000.txt").write_text(text)
+    longest, kinds = [], {type(t) for t in base.tokenizers}
+    for kind in kinds:
+        call = kind.__call__
+
+        def heard(self, words, *args, call=call, **kwargs):
+            longest.extend(map(len, [words] if isinstance(words, str) else words))
+            return call(self, words, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__call__", heard)
+    manifest = prepared(base, folder, tmp_path / "out")
+    assert manifest["counts"]["cut_captions"] == 1 and max(longest) <= 100 * max(t.model_max_length for t in base.tokenizers)
+    monkeypatch.undo()
+    want = base.tokenizers[0](text, truncation=True, max_length=base.tokenizers[0].model_max_length).input_ids
+    head = base.tokenizers[0](head_of(text, base.tokenizers[0].model_max_length), truncation=True, max_length=base.tokenizers[0].model_max_length)
+    assert head.input_ids == want and head_of("short  text", 77) == "short  text"
