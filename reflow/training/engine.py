@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,17 +53,19 @@ def init_distributed() -> torch.device:
     """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
     deepspeed = load_deepspeed()
     restore_linear()
-    if "RANK" not in os.environ:
-        import socket
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    cuda = torch.cuda.is_available()
+    cuda, alone = torch.cuda.is_available(), "RANK" not in os.environ
+    backend = "nccl" if cuda else "gloo"
+    if alone:
+        # The address is nobody's: libraries want to read one, and a group of one needs no store that others can reach.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it listens where the machine's own name leads, which it asks the DNS
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        if alone:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         if cuda:
             settle(torch.device("cuda", torch.cuda.current_device()))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
