@@ -218,12 +218,12 @@ def image_size(args: argparse.Namespace, base: Any, picture: Any) -> tuple[int, 
 def open_image(path: str, channels: int) -> Any:
     """The picture that --init-image names, upright and in the base's colours. Raises UserError where it cannot be
     used."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
-    from reflow.data.pictures import plain, upright
+    from reflow.data.pictures import open_picture, plain, upright
 
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             return plain(upright(picture), channels)
     except Exception as error:  # PIL's readers raise almost anything on damaged files
         known = "it is no image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)

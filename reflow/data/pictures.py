@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import IO
+
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
@@ -21,8 +24,16 @@ SUFFIXES = tuple(
 # 1 MB; it is raised, for the whole process, to what Pillow allows all texts of a file: 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
+# What is ever opened, whatever a file is called: an EPS named .png would start Ghostscript.
+FORMATS = tuple(sorted({Image.EXTENSION[suffix] for suffix in SUFFIXES}))
+
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112
+
+
+def open_picture(file: str | Path | IO[bytes]) -> Image.Image:
+    """The image of a file, opened and not yet decoded. Raises OSError, or what else PIL raises, for what is none of FORMATS."""
+    return Image.open(file, formats=FORMATS)
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from reflow.data.pictures import SUFFIXES
+from reflow.data.pictures import SUFFIXES, open_picture
 from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.data.variants import Variants
 from reflow.errors import UserError
@@ -67,7 +67,7 @@ class Folder(Source):
         return self.captions[number]
 
     def open(self, number: int) -> Image.Image:
-        return Image.open(self.files[number])
+        return open_picture(self.files[number])
 
     def digest(self) -> str:
         total = hashlib.sha256()

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from reflow.data.pictures import open_picture
 from reflow.data.source import Source, stamp
 from reflow.errors import UserError
 
@@ -131,7 +132,7 @@ class Rows(Source):
         cell = self.data[number][self.column]
         if cell is None:
             raise ValueError("there is no image")
-        return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        return open_picture(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.data._fingerprint, self.stamps, self.default]).encode()).hexdigest()

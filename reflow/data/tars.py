@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from reflow.data.pictures import SUFFIXES
+from reflow.data.pictures import SUFFIXES, open_picture
 from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.errors import UserError
 
@@ -99,7 +99,7 @@ class Tars(Source):
     def open(self, number: int) -> Image.Image:
         with self._file(number).open("rb") as stream:
             stream.seek(self._cell("offset", number))
-            return Image.open(io.BytesIO(stream.read(self._cell("size", number))))
+            return open_picture(io.BytesIO(stream.read(self._cell("size", number))))
 
     def digest(self) -> str:
         listed = [(f.name, *stamp(f)) for f in self.files]

@@ -304,3 +304,20 @@ def test_hidden_pictures_are_counted_and_other_hidden_files_are_not(tmp_path, ca
     assert len(open_source(tmp_path / "a.tar", caption="")) == 1
     told = capsys.readouterr().err
     assert "._a.png left out (its name begins with a dot)" in told and "DS_Store" not in told
+
+
+def test_a_picture_by_name_never_starts_another_program(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    source = open_source(tmp_path)
+    assert source.sizes(range(1)).tolist() == [[-1, -1]]
+    with pytest.raises(OSError, match="cannot identify"):
+        source.image(0)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    with pytest.raises(OSError, match="cannot identify"):
+        open_source(tmp_path / "a.tar", caption="").image(0)
