@@ -185,6 +185,8 @@ def open_source(
     None: that is an error. The columns are those of parquet and `datasets`; caption_column also names the entry of a
     tar's .json. caption_lines, shuffle_tags and keep_tags: several captions of an image, see `Variants`. Raises UserError.
     """
+    if not str(path).strip():
+        raise UserError("The place of the images is empty; write a folder, a file or a dataset's name (--data, data.path).")
     source = _open(str(path), image_column, caption_column, split)
     missing, first = source.uncaptioned()
     if missing and caption is None:

@@ -8,6 +8,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Loss = Literal["aligned_v", "mse", "pseudo_huber"]
 EMA_WARMUP = 0.1
 
@@ -19,7 +20,7 @@ def share_of_switch(value: Any) -> Any:
 
 class Section(pydantic.BaseModel):
     # The line below a key is its description; reflow.recipes.keys makes KEYS.md of them.
-    model_config = pydantic.ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -184,7 +185,7 @@ class Train(Section):
     """Samples over which a stage's learning rate rises from 0."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """The others are of bitsandbytes: in 8 bits, and paged, which spills to CPU memory."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Of AdamW: decay of the gradient's and the squared gradient's averages."""
     eps: PositiveFloat = 1e-8
     """Of AdamW."""
@@ -213,7 +214,7 @@ class Train(Section):
 class Stage(Section):
     """One pass of progressive reflow. learning_rate, warmup, loss and direction_weight override the sections' values for this stage."""
 
-    windows: PositiveInt | None = None
+    windows: Annotated[int, Field(ge=1, le=1000)] | None = None
     """How many, of equal width; a stage needs either this or `boundaries`."""
     boundaries: tuple[float, ...] | None = None
     """Edges of the windows, falling from at most 1 (noise) to at least 0 (data)."""

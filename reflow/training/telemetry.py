@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import time
@@ -128,7 +129,7 @@ class Log:
         if "stage" in values:
             values = {**values, "stage": values["stage"] + self.first}
         with open(self.path, "a") as handle:
-            handle.write(json.dumps({"event": event, "total_samples": total_samples, **values}) + "\n")
+            handle.write(json.dumps(finite({"event": event, "total_samples": total_samples, **values}), allow_nan=False) + "\n")
         numbers = dict(scalars(event, values))
         for tag, value in numbers.items():
             self.writer.add_scalar(tag, value, total_samples)
@@ -144,6 +145,15 @@ class Log:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def finite(value: Any) -> Any:
+    """A record with null for every number that is not finite: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stands(line: str, resume_at: int, restarted: int | None) -> bool:

@@ -306,6 +306,12 @@ def test_hidden_pictures_are_counted_and_other_hidden_files_are_not(tmp_path, ca
     assert "._a.png left out (its name begins with a dot)" in told and "DS_Store" not in told
 
 
+@pytest.mark.parametrize("place", ["", "  "])
+def test_an_empty_place_is_not_this_folder(place):
+    with pytest.raises(UserError, match="place of the images is empty"):
+        open_source(place)
+
+
 def test_a_picture_by_name_never_starts_another_program(tmp_path, monkeypatch):
     from PIL import EpsImagePlugin
 

@@ -128,3 +128,16 @@ def test_a_pause_is_no_training():
         time.sleep(0.3)
     pace.add(10)
     assert 60 < pace.read() < 201 and pace.read() == 0.0
+
+
+def test_the_log_is_json_where_a_number_is_not_finite(tmp_path):
+    engine.init_distributed()
+    log = telemetry.Log(tmp_path, 0)
+    log.write("train", 10, {"loss": float("nan"), "windows": [{"window": 0, "mse": float("inf")}], "samples": 10})
+    log.close()
+
+    def refuse(word):
+        raise ValueError(word)
+
+    found = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert found["loss"] is None and found["windows"][0]["mse"] is None and found["samples"] == 10
