@@ -226,6 +226,10 @@ class Engine:
         norm = self.norm if self.plain else self.engine.get_global_grad_norm()
         return None if norm is None or not math.isfinite(norm) else float(norm)
 
+    def moments(self) -> list[torch.Tensor]:
+        """This rank's optimizer states that are real numbers; those of 8-bit optimizers are codes and their scales."""
+        return [t for state in self.base.state.values() for t in state.values() if torch.is_tensor(t) and t.is_floating_point()]
+
     def named(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole fp32 tensors by parameter name on rank 0's CPU, empty elsewhere, from buffers laid out as `masters`. All ranks call it."""
         held: dict[str, list[Piece]] = {}

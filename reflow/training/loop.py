@@ -179,7 +179,7 @@ class Loop:
                     validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
             leave, due = self.signals.agree()
             if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
-                self.refuse_damaged(engine, index, step)
+                self.refuse_damaged(engine, ema, index, step)
                 with pace.pause():
                     path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
                 self.signals.saved_at = time.monotonic()
@@ -187,7 +187,7 @@ class Loop:
                     bar.close()
                     raise Leave(f"stage {index + 1} stands at {done} of {total} samples in {path}.")
         bar.close()
-        self.refuse_damaged(engine, index, step)
+        self.refuse_damaged(engine, ema, index, step)
         averages = engine.state(ema.average)
         target = self.networks.weights_of(index)
         together(f"The weights of stage {index + 1}", f"Make room for {target} and run the same command: it goes on from the last checkpoint.",
@@ -255,13 +255,14 @@ class Loop:
                             f"samples. The last good checkpoint is {self.checkpoints.latest() or 'none'}; lower train.learning_rate or "
                             f"train.clip, or look at those samples.")
 
-    def refuse_damaged(self, engine: Engine, stage: int, step: int) -> None:
-        """Weights that are not finite never reach a file, so what stands on disk stays good."""
-        damaged = torch.stack([(~torch.isfinite(m)).any() for m in engine.masters]).any().int().to(self.device)
+    def refuse_damaged(self, engine: Engine, ema: Ema, stage: int, step: int) -> None:
+        """Weights, averages and moments that are not finite never reach a file, so what stands on disk stays good."""
+        held = [*engine.masters, *ema.average, *engine.moments()]
+        damaged = torch.stack([(~torch.isfinite(t)).any().to(self.device) for t in held]).any().int()
         dist.all_reduce(damaged, op=dist.ReduceOp.MAX)
         if damaged:
-            raise UserError(f"The student's weights are not finite after step {step} of stage {stage + 1} and were not saved; the last good "
-                            f"checkpoint is {self.checkpoints.latest() or 'none'}. Lower train.learning_rate or train.clip.")
+            raise UserError(f"The student's weights, their average or the optimizer's moments are not finite after step {step} of stage {stage + 1} "
+                            f"and were not saved; the last good checkpoint is {self.checkpoints.latest() or 'none'}. Lower train.learning_rate or train.clip.")
 
 
 def crossed(done: int, every: int, batch: int) -> bool:

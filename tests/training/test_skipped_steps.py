@@ -76,3 +76,28 @@ def test_a_lost_step_leaves_masters_and_moments_as_they_were(tmp_path, zero, pre
     one, nan, inf, last = kept
     assert len(one) > 2 and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, nan, inf, strict=True))
     assert not torch.equal(one[0], last[0]) and all(t.isfinite().all() for t in last)
+
+
+@pytest.mark.parametrize("what", ["average", "moments"])
+def test_what_is_not_finite_reaches_no_file(tmp_path, monkeypatch, what):
+    """The masters are whole; what goes into a checkpoint beside them is not."""
+    from reflow.training.ema import Ema
+
+    update, step = Ema.update, engine.Engine.step
+
+    def spoiled_average(self, keep):
+        update(self, keep)
+        self.average[0].view(-1)[0] = float("nan")
+
+    def spoiled_moments(self, rate):
+        taken = step(self, rate)
+        self.moments()[-1].view(-1)[0] = float("inf")
+        return taken
+
+    if what == "average":
+        monkeypatch.setattr(Ema, "update", spoiled_average)
+    else:
+        monkeypatch.setattr(engine.Engine, "step", spoiled_moments)
+    with pytest.raises(UserError, match="their average or the optimizer's moments are not finite after step 1 of stage 1"):
+        run.train(recipe(tmp_path, 0, "fp32", "checkpoint.every=16"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/stage-*"))
