@@ -136,11 +136,16 @@ def digits(result: dict[str, Any]) -> str:
         paired = plus_minus(m.get("paired_images"), 4) if "paired_images" in m else "reference"
         lines.append(f"| {m['method']} | {m['steps']} | {paired} | {plus_minus(m['frechet'], 2)} | {m['milliseconds_per_image']:.1f} |")
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
-    seeds = len(result["training_seeds"])
-    lines += ["", f"Paired error: RMS pixel distance (pixels -1 to 1) to the teacher's {settings['teacher_steps']} steps from the same noise and prompt. "
-              f"Fréchet distance: features of a classifier trained on the real scans, {settings['samples']:,} samples against {result['real_scans']:,} scans. "
-              f"± is half a 95 % interval: over {seeds} training seeds for students, over {result['sampling_seeds'] if isinstance(result['sampling_seeds'], int) else len(result['sampling_seeds'])} sampling seeds for the teacher. "
-              f"`{result['command']}`, {sum(result['training_seconds']) / 60:.0f} minutes of training for the {seeds} seeds on a shared machine: {machine['processor']}, "
-              f"{machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Times are one thread's, "
+    seeds, drawn = len(result["training_seeds"]), result["sampling_seeds"]
+    drawn = drawn if isinstance(drawn, int) else len(drawn)
+    lines += ["", f"Paired error: RMS pixel distance (pixels -1 to 1) to the teacher's {settings['teacher_steps']} steps from the same noise "
+              "and prompt. "
+              f"Fréchet distance: features of a classifier trained on the real scans, {settings['samples']:,} samples "
+              f"against {result['real_scans']:,} scans. "
+              f"± is half a 95 % interval: over {seeds} training seeds for students, over {drawn} sampling seeds for the teacher. "
+              f"`{result['command']}`, {sum(result['training_seconds']) / 60:.0f} minutes of training for the {seeds} seeds on a shared "
+              f"machine: {machine['processor']}, "
+              f"{machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}, diffusers {versions['diffusers']}. "
+              f"Times are one thread's, "
               f"batch {result['timing']['batch']}." + worse(result["differences"])]
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
             try:
                 session.measure(
                     {"case": f"{family}/{part}", "dtype": "fp32", "shape": [count]},
-                    lambda part=part: peers(part, make(), session.device),
+                    lambda part=part, make=make: peers(part, make(), session.device),
                     names,
                     modes=["plain"],
                     caches=["warm"],

@@ -133,7 +133,7 @@ def compare(
             result[name] = Times(None, note=f"skipped: {text if isinstance(error, _Skip) else repr(error)}"[:300])
         _told(f"{name} is ready", started)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, ATTEMPTS + 1):  # noqa: B007 - how many it took is reported
         samples, speeds = _rounds(calls, stopwatch, rounds, cold, deadline)
         drift = _drift(speeds)
         if drift <= DRIFT or time.monotonic() > deadline:

@@ -6,6 +6,9 @@ a few numbers per sample are known; the forward saves these in ``stats`` [6, B] 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,7 +78,7 @@ def aligned_v_loss(
         coefficient("sample_coef", sample_coef),
         coefficient("output_coef", output_coef),
     )
-    run = torch.ops.reflow_kernels.aligned_v_loss
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.reflow_kernels.aligned_v_loss
     if dispatch.runs_directly("aligned_v_loss", backend, strict, *operands):
         run = _Direct.apply if model_output.requires_grad and torch.is_grad_enabled() else _run
     loss, parts, _ = run(*operands, float(eps), backend, strict)
@@ -97,7 +100,7 @@ def _run(
     """(loss [], parts [3, B] = mse, magnitude, cosine, stats [6, B] for the Triton gradient, zeros for PyTorch)."""
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
-        run = dispatch.triton_module("aligned_v").forward
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = dispatch.triton_module("aligned_v").forward
         return run(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, strict)
     result = reference.aligned_v_loss(
         model_output,
@@ -117,7 +120,18 @@ _forward = torch.library.custom_op("reflow_kernels::aligned_v_loss", _run, mutat
 
 
 @_forward.register_fake
-def _(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict):
+def _(
+    model_output: Tensor,
+    target: Tensor,
+    direction_weight: Tensor,
+    weight: Tensor | None,
+    sample: Tensor | None,
+    sample_coef: Tensor | None,
+    output_coef: Tensor | None,
+    eps: float,
+    backend: str,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = reference.accumulate_dtype(model_output, target, sample)
     batch = model_output.shape[0]
     return (
@@ -144,7 +158,7 @@ def _run_backward(
     """The gradient to model_output, in its dtype and sample order."""
     chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
     if chosen == "triton" and model_output.numel():
-        run = dispatch.triton_module("aligned_v").backward
+        run: Callable[..., Tensor] = dispatch.triton_module("aligned_v").backward
         return run(grad_loss, model_output, target, sample, sample_coef, output_coef, stats, strict)
     grad = reference.aligned_v_loss_backward(
         grad_loss,
@@ -164,18 +178,18 @@ _backward = torch.library.custom_op("reflow_kernels::aligned_v_loss_backward", _
 
 
 @_backward.register_fake
-def _(grad_loss, model_output, *rest):
+def _(grad_loss: Tensor, model_output: Tensor, *rest: Any) -> Tensor:
     return layout.empty((model_output.shape[0],), model_output, layout.leading_order(model_output))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict = inputs
     ctx.save_for_backward(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, output[2])
     ctx.options = (eps, backend, strict)
     ctx.set_materialize_grads(False)  # zeros for parts and stats would be two more launches in every backward
 
 
-def _autograd(ctx, grad_loss, grad_parts, grad_stats):
+def _autograd(ctx: Any, grad_loss: Tensor | None, grad_parts: Any, grad_stats: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 10
     grad = torch.ops.reflow_kernels.aligned_v_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
@@ -192,7 +206,7 @@ class _Direct(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_parts, grad_stats):
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_parts: Any, grad_stats: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the registered op says that it has no second derivative
             return _autograd(ctx, grad_loss, grad_parts, grad_stats)
         if grad_loss is None:

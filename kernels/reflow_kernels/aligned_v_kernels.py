@@ -362,7 +362,9 @@ def backward(
     return grad
 
 
-def _ordered(model_output, target, sample, strict):
+def _ordered(
+    model_output: Tensor, target: Tensor, sample: Tensor | None, strict: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     order = layout.leading_order(model_output)
     return (
         layout.in_order("aligned_v_loss", "model_output", model_output, order, strict),
@@ -371,7 +373,13 @@ def _ordered(model_output, target, sample, strict):
     )
 
 
-def _strides(model_output, target, sample, output_coef, sample_coef):
+def _strides(
+    model_output: Tensor,
+    target: Tensor,
+    sample: Tensor | None,
+    output_coef: Tensor | None,
+    sample_coef: Tensor | None,
+) -> tuple[int, ...]:
     return (
         model_output.stride(0),
         target.stride(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def window_chord(
     else:
         tau = checks.per_sample("tau", tau, z_start, batch, z_start.dtype)
     dt = checks.per_sample("dt", dt, z_start, batch, z_start.dtype)
-    run = torch.ops.reflow_kernels.window_chord
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.reflow_kernels.window_chord
     if dispatch.runs_directly("window_chord", backend, strict, z_start, z_end, tau, dt):
         run = _run
     return run(z_start, z_end, tau, dt, input_dtype or z_start.dtype, backend, strict)
@@ -83,7 +84,9 @@ _chord = torch.library.custom_op("reflow_kernels::window_chord", _run, mutates_a
 
 
 @_chord.register_fake
-def _(z_start, z_end, tau, dt, input_dtype, backend, strict):
+def _(
+    z_start: Tensor, z_end: Tensor, tau: Tensor, dt: Tensor, input_dtype: torch.dtype, backend: str, strict: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(z_start, tau, input_dtype)
 
 

@@ -61,7 +61,7 @@ def chord(
     strict: bool,
 ) -> None:
     """Writes the three results, which are dense in one sample order; ends in another order are copied."""
-    order = layout.dense_order(velocity)
+    order = layout.leading_order(velocity)
     z_start = layout.in_order("window_chord", "z_start", z_start, order, strict)
     z_end = layout.in_order("window_chord", "z_end", z_end, order, strict)
     batch, size = velocity.shape[0], velocity[0].numel()

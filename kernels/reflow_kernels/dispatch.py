@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ ENVIRONMENT = "REFLOW_KERNELS_BACKEND"
 OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine")
 MINIMUM_CAPABILITY = (7, 0)
 
-_defaults: dict = {"backend": "auto", "strict": False}
+_defaults: dict[str, Any] = {"backend": "auto", "strict": False}
 _said: set[tuple[str, ...]] = set()
 
 
@@ -53,7 +54,8 @@ def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *o
     """Whether a call may start its Triton kernels without torch.library's dispatcher, which takes the CPU longer than
     the launch: plain tensors in eager mode, and no mode or transform that wants to see the op.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _modes() or _transform() is not None:
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, without a type
+    if torch.compiler.is_compiling() or tracing or _modes() or _transform() is not None:
         return False
     if any(type(value) not in _PLAIN for value in (leading, *others) if value is not None):
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,15 +41,14 @@ def cfg_combine(
     checks.no_grad("model_output", model_output, "cfg_combine has none")
     batch = model_output.shape[0] // 2
     dtype = reference.accumulate_dtype(model_output)
+    factor = None
     scale = checks.per_sample("guidance_scale", guidance_scale, model_output, batch, dtype)
     if isinstance(rescale, Tensor) or rescale != 0:
-        rescale = checks.per_sample("rescale", rescale, model_output, batch, dtype)
-    else:
-        rescale = None
-    run = torch.ops.reflow_kernels.cfg_combine
-    if dispatch.runs_directly("cfg_combine", backend, strict, model_output, scale, rescale):
+        factor = checks.per_sample("rescale", rescale, model_output, batch, dtype)
+    run: Callable[..., Tensor] = torch.ops.reflow_kernels.cfg_combine
+    if dispatch.runs_directly("cfg_combine", backend, strict, model_output, scale, factor):
         run = _run
-    return run(model_output, scale, rescale, backend, strict)
+    return run(model_output, scale, factor, backend, strict)
 
 
 def _run(
@@ -67,5 +68,7 @@ _combine = torch.library.custom_op("reflow_kernels::cfg_combine", _run, mutates_
 
 
 @_combine.register_fake
-def _(model_output, guidance_scale, rescale, backend, strict):
+def _(
+    model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, backend: str, strict: bool
+) -> Tensor:
     return layout.empty((model_output.shape[0] // 2,), model_output, layout.leading_order(model_output))

@@ -156,7 +156,7 @@ def _rescale_kernel(
 
 def combine(model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, guided: Tensor, strict: bool) -> None:
     """Writes ``guided``, which has model_output's sample order where that is dense."""
-    model_output = layout.in_order("cfg_combine", "model_output", model_output, layout.dense_order(guided), strict)
+    model_output = layout.in_order("cfg_combine", "model_output", model_output, layout.leading_order(guided), strict)
     batch, size = guided.shape[0], guided[0].numel()
     dtype = reference.accumulate_dtype(guided)
     acc = accumulator(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,27 +57,29 @@ def guided_step(
     for name, value in (("state", state), ("model_output", model_output)):
         checks.no_grad(name, value, "guided_step has none")
 
-    def coefficient(name: str, value: PerSample | None) -> Tensor | None:
-        return None if value is None else checks.per_sample(name, value, state, batch, state.dtype)
+    def coefficient(name: str, value: PerSample) -> Tensor:
+        return checks.per_sample(name, value, state, batch, state.dtype)
 
     operands = (
         state,
         model_output,
         coefficient("state_coef", state_coef),
         coefficient("output_coef", output_coef),
-        coefficient("guidance_scale", guidance_scale),
-        coefficient("input_scale", input_scale),
+        None if guidance_scale is None else coefficient("guidance_scale", guidance_scale),
+        None if input_scale is None else coefficient("input_scale", input_scale),
     )
-    if out is None and input_out is None:
+    first = input_out if out is None else out
+    if first is None:
         dtype = model_output.dtype if input_dtype is None else input_dtype
         if dispatch.runs_directly("guided_step", backend, strict, *operands):
             return _run(*operands, dtype, backend, strict)
-        return torch.ops.reflow_kernels.guided_step(*operands, dtype, backend, strict)
+        results: tuple[Tensor, Tensor] = torch.ops.reflow_kernels.guided_step(*operands, dtype, backend, strict)
+        return results
 
     _check_buffer("out", out, state, batch, state.dtype, "the dtype of state")
     wanted = input_dtype if input_dtype is not None else (input_out.dtype if input_out is not None else None)
     _check_buffer("input_out", input_out, state, rows, wanted, "input_dtype")
-    order = layout.dense_order(out if out is not None else input_out)
+    order = layout.leading_order(first)
     if out is None:
         out = layout.empty((batch,), state, order)
     if input_out is None:
@@ -92,7 +96,9 @@ def guided_step(
     return out, input_out
 
 
-def _check_buffer(name, value, state, rows, dtype, of):
+def _check_buffer(
+    name: str, value: Tensor | None, state: Tensor, rows: int, dtype: torch.dtype | None, of: str
+) -> None:
     if value is None:
         return
     checks.tensor(name, value)
@@ -132,7 +138,17 @@ _step = torch.library.custom_op("reflow_kernels::guided_step", _run, mutates_arg
 
 
 @_step.register_fake
-def _(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_dtype, backend, strict):
+def _(
+    state: Tensor,
+    model_output: Tensor,
+    state_coef: Tensor,
+    output_coef: Tensor,
+    guidance_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype,
+    backend: str,
+    strict: bool,
+) -> tuple[Tensor, Tensor]:
     order = layout.leading_order(model_output)
     return (
         layout.empty((state.shape[0],), state, order),
@@ -168,11 +184,19 @@ _step_out = torch.library.custom_op(
 
 
 @_step_out.register_fake
-def _(state, model_output, state_coef, output_coef, guidance_scale, input_scale, out, input_out, backend, strict):
+def _(*arguments: Any) -> None:
     return None
 
 
-def _reference(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_dtype):
+def _reference(
+    state: Tensor,
+    model_output: Tensor,
+    state_coef: Tensor,
+    output_coef: Tensor,
+    guidance_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     return reference.guided_step(
         state,
         model_output,

@@ -71,7 +71,7 @@ def step(
     strict: bool,
 ) -> None:
     """Writes ``out`` and ``input_out``, which share one sample order; operands in another order are copied."""
-    order = layout.dense_order(out)
+    order = layout.leading_order(out)
     state = layout.in_order("guided_step", "state", state, order, strict)
     model_output = layout.in_order("guided_step", "model_output", model_output, order, strict)
     batch, size = state.shape[0], out[0].numel()

@@ -68,7 +68,7 @@ def start(kernel: Any, programs: int, device: torch.device, warps: int, *args: A
         kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
-def _guard(device: torch.device) -> contextlib.AbstractContextManager:
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()

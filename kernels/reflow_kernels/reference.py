@@ -81,20 +81,29 @@ def aligned_v_loss_backward(
         factor = factor * _column(weight, direction)
     if output_coef is not None:
         factor = factor * _column(output_coef, direction)
-    grad = factor * (parts.error * (2 / max(parts.size, 1)) + direction)
+    grad: Tensor = factor * (parts.error * (2 / max(parts.size, 1)) + direction)
     return grad.reshape(model_output.shape).to(model_output.dtype)
 
 
 class _AlignedV:
     """The quantities of the aligned-v loss, rows flattened to [B, N]; norms are those of the scaled rows."""
 
-    def __init__(self, model_output, target, sample, sample_coef, output_coef, eps):
+    def __init__(
+        self,
+        model_output: Tensor,
+        target: Tensor,
+        sample: Tensor | None,
+        sample_coef: PerSample | None,
+        output_coef: PerSample | None,
+        eps: float,
+    ) -> None:
         self.dtype = accumulate_dtype(model_output, target, sample)
         batch = model_output.shape[0]
         self.size = math.prod(model_output.shape[1:])
         prediction = model_output.to(self.dtype).reshape(batch, self.size)
         velocity = target.to(self.dtype).reshape(batch, self.size)
         if sample is not None:
+            assert sample_coef is not None and output_coef is not None
             rows = sample.to(self.dtype).reshape(batch, self.size)
             prediction = _column(sample_coef, rows) * rows + _column(output_coef, rows) * prediction
         self.error = prediction - velocity
@@ -131,7 +140,8 @@ def _shrink(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows.new_ones(rows.shape[0], 1), rows.new_zeros(rows.shape[0])
     peak = torch.linalg.vector_norm(rows.detach(), math.inf, dim=1)
     limit, shrink = (2.0**40, 2.0**-88) if rows.dtype is torch.float32 else (2.0**400, 2.0**-624)
-    return torch.where(peak < limit, 1.0, shrink).to(rows.dtype).unsqueeze(1), peak
+    # Of two numbers `where` would make fp32, in which fp64's factor is 0.
+    return torch.where(peak < limit, torch.ones_like(peak), shrink).unsqueeze(1), peak
 
 
 def guided_step(
@@ -212,7 +222,8 @@ def _spread(rows: Tensor) -> Tensor:
     if rows.dim() == 1:
         return torch.zeros_like(rows)
     dims = tuple(range(1, rows.dim()))
-    return torch.linalg.vector_norm(rows - rows.mean(dims, keepdim=True), dim=dims, keepdim=True)
+    spread: Tensor = torch.linalg.vector_norm(rows - rows.mean(dims, keepdim=True), dim=dims, keepdim=True)
+    return spread
 
 
 def _cast(value: PerSample, dtype: torch.dtype) -> PerSample:

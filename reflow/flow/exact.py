@@ -35,7 +35,7 @@ class GaussianData:
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """[count, ...] draws."""
-        shape = torch.broadcast_shapes(self.mean.shape, self.std.shape)
+        shape = (self.mean + self.std).shape
         noise = torch.randn((count, *shape), generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + self.std * noise
 
@@ -104,7 +104,7 @@ class MixtureData:
         y = z/(alpha+sigma) over s = sigma/(alpha+sigma), where dy/ds = eps - x0 and (alpha, sigma) is (1-s, s)."""
         ends = torch.tensor([t_start, t_end], dtype=torch.float64)
         alpha, sigma = (value.tolist() for value in schedule.alpha_sigma(ends))
-        scale = [a + s for a, s in zip(alpha, sigma)]
+        scale: list[float] = [a + s for a, s in zip(alpha, sigma, strict=True)]
         place, last = sigma[0] / scale[0], sigma[1] / scale[1]
         step = (last - place) / steps
 

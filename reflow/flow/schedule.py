@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
+NETWORK_TIMES = ("index", "perflow")  # what a student's network is told of the time, see `network_time`
+MOST_STEPS = 100_000  # of a table; published bases have a thousand
 
 
 @overload
@@ -124,9 +126,14 @@ class DiscreteVP:
 
 def betas_from_config(config: Mapping[str, Any]) -> Tensor:
     """betas [N] in fp32 of a diffusers scheduler config, before any rescaling."""
-    if config.get("trained_betas") is not None:
+    given, steps = config.get("trained_betas"), config.get("num_train_timesteps", TRAIN_STEPS)
+    for count in (steps, TRAIN_STEPS if given is None else len(given)):
+        if not isinstance(count, int) or not 2 <= count <= MOST_STEPS:
+            raise ValueError(f"The scheduler config has {count!r:.40} train steps; a discrete VP schedule has between "
+                             f"2 and {MOST_STEPS}.")
+    if given is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
-    name, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", TRAIN_STEPS))
+    name = config.get("beta_schedule", "linear")
     if name == "squaredcos_cap_v2":
         edge = torch.arange(steps + 1, dtype=torch.float64) / steps
         abar = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -207,7 +214,8 @@ class EDM(VE):
 
     def _sigma(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + t * (high - low)) ** self.rho
+        sigma: Tensor = (low + t * (high - low)) ** self.rho
+        return sigma
 
 
 class Rectified:

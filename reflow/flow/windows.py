@@ -7,12 +7,14 @@ the window that starts there: windows are half-open, (t_end, t_start] (PeRFlow, 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+MOST = 1000  # windows, as many as train steps that they are made of
 # A time this close above a boundary still counts as the boundary (PeRFlow: 0.1 of a train step).
 TOLERANCE = 1e-4
 
@@ -30,13 +32,15 @@ class Windows:
     boundaries: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if len(self.boundaries) > MOST + 1:
+            raise ValueError(f"{len(self.boundaries) - 1} windows were asked for; there are at most {MOST}.")
         values = tuple(float(value) for value in self.boundaries)
         object.__setattr__(self, "boundaries", values)
         if len(values) < 2:
             raise ValueError(f"Windows need at least two boundaries, from noise to data, not {list(values)}.")
         if not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in values):
             raise ValueError(f"Window boundaries {list(values)} must lie between 0 (data) and 1 (noise).")
-        if any(left - right <= TOLERANCE for left, right in zip(values, values[1:])):
+        if any(left - right <= TOLERANCE for left, right in itertools.pairwise(values)):
             raise ValueError(
                 f"Window boundaries {list(values)} must descend from noise to data in steps wider than {TOLERANCE}; "
                 "write for example (1, .75, .5, .25, 0)."
@@ -45,8 +49,8 @@ class Windows:
     @classmethod
     def uniform(cls, count: int, t_noise: float = 1.0, t_clean: float = 0.0) -> Windows:
         """`count` windows of equal width between t_noise and t_clean."""
-        if count < 1:
-            raise ValueError(f"{count} windows were asked for; at least one is needed.")
+        if not 1 <= count <= MOST:
+            raise ValueError(f"{count} windows were asked for; at least one is needed, and there are at most {MOST}.")
         inner = (t_noise + (t_clean - t_noise) * k / count for k in range(1, count))
         return cls((float(t_noise), *inner, float(t_clean)))
 
@@ -85,7 +89,7 @@ class Windows:
         """
         if name not in ("noisy", "clean"):
             raise ValueError(f'Half "{name}" is not known; write "noisy" (t from 1 to .5) or "clean" (t from .5 to 0).')
-        for k, (start, end) in enumerate(zip(self.t_start, self.t_end)):
+        for k, (start, end) in enumerate(zip(self.t_start, self.t_end, strict=True)):
             if start > 0.5 + TOLERANCE and end < 0.5 - TOLERANCE:
                 raise ValueError(
                     f"Window {k} runs from {start:g} to {end:g}, across t = 0.5, so it is in neither half; "

@@ -14,7 +14,7 @@ from bench.rig import Rig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
-import tiny_pipelines  # noqa: E402
+import tiny_pipelines
 
 NOT_HERE = ("on a GPU", "need a GPU", "left out of a quick run")
 

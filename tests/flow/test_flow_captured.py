@@ -40,7 +40,7 @@ def test_replay_equals_the_plain_solve_and_never_syncs(device, guidance):
     captured = CapturedSolve(solver, network, *draw())
     for _ in range(3):
         z, window, text = draw()
-        plain = solver.solve(lambda a, b: network(a, b, text), z, window)
+        plain = solver.solve(lambda a, b, text=text: network(a, b, text), z, window)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -59,7 +59,7 @@ def test_solver_chord_loss_and_backward_never_sync(device):
     table = ChordTable(DiscreteVP.from_config(BETAS), Windows.uniform(4), "ddim_eps", device=device)
 
     def step(z, window, text, tau):
-        z_end = solver.solve(lambda a, b: network(a, b, text), z, window)
+        z_end = solver.solve(lambda a, b, text=text: network(a, b, text), z, window)
         z_t, velocity, model_input = window_chord(z, z_end, tau, table.dt[window])
         coefficients = table.velocity_coefficients(window, table.time(window, tau))
         output = network(model_input, tau, text).requires_grad_()

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import op_cases as cases
 import pytest
 import torch
 from hypothesis import strategies as st
-from op_cases import assert_no_worse, double
 
+import op_cases as cases
 import reflow_kernels
+from op_cases import assert_no_worse, double
 from reflow_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's fp16 stores

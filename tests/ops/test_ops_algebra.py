@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import op_cases as cases
 import pytest
 import torch
 from hypothesis import strategies as st
 
+import op_cases as cases
 from reflow_kernels import aligned_v_loss, cfg_combine, guided_step, window_chord
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")

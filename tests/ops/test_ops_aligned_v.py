@@ -2,11 +2,11 @@
 
 import itertools
 
-import op_cases as cases
 import pytest
 import torch
-from op_cases import assert_no_worse
 
+import op_cases as cases
+from op_cases import assert_no_worse
 from reflow_kernels import aligned_v_loss, reference
 
 pytestmark = [

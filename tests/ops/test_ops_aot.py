@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 
-import op_cases as cases
 import pytest
+
+import op_cases as cases
 
 pytest.importorskip("triton")
 KERNELS = {

@@ -1,11 +1,11 @@
 """Calls that start their kernels without torch.library's dispatcher: the same results, and only where nothing wants to see the op."""
 
-import op_cases as cases
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import op_cases as cases
 from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, window_chord
 
 pytestmark = pytest.mark.skipif(not cases.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton")

@@ -4,10 +4,10 @@ import logging
 import subprocess
 import sys
 
-import op_cases as cases
 import pytest
 import torch
 
+import op_cases as cases
 import reflow_kernels
 from reflow_kernels import dispatch
 

@@ -3,10 +3,10 @@
 import logging
 
 import numpy
-import op_cases as cases
 import pytest
 import torch
 
+import op_cases as cases
 from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, layout, window_chord
 
 triton_only = pytest.mark.parametrize("backend", ["triton"])

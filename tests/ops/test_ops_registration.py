@@ -1,9 +1,9 @@
 """The ops as torch.library sees them: schema, fake kernels, autograd registration; torch.compile without a break."""
 
-import op_cases as cases
 import pytest
 import torch
 
+import op_cases as cases
 from reflow_kernels import aligned_v_loss, cfg_combine, guided_step, window_chord
 
 pytestmark = pytest.mark.parametrize("backend", cases.BACKENDS)

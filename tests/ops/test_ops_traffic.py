@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import op_cases as cases
 import pytest
 import torch
 
+import op_cases as cases
 from reflow_kernels import aligned_v_loss, cfg_combine, guided_step, launch, window_chord
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
