@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,12 @@ import torch
 from reflow.errors import UserError
 from reflow.export.card import model_card
 from reflow.export.stock import stock_scheduler
-from reflow.export.student import checked_unet, read_json, same_reading
+from reflow.export.student import checked_unet, same_reading
 from reflow.flow import Windows
+from reflow.models.checks import check_config
+from reflow.models.folder import read_index, read_scheduler
+from reflow.models.parts import read_json
+from reflow.outputs import staged
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.weights.delta import student_metadata
 from reflow.weights.files import (
@@ -134,19 +137,20 @@ def export_folder(
     base.
 
     ``unet_state`` is a state dict, a .safetensors file or a UNet folder, in diffusers' names. prediction_type None is
-    the base's own, network_time None as PiecewiseFlowScheduler has it; ``steps`` is the number that the model is meant for (None: one a window), which decides with
-    ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data, steps, guidance, evaluation and anything
-    else the README should say. ``link`` makes hard links to the base's files instead of copies, where the file system
-    can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the dtype that from_pretrained is
-    given. ``pipeline`` changes entries of model_index.json. Raises UserError if ``out`` is not empty, the base is
-    incomplete or the weights do not fit.
+    the base's own, network_time None as PiecewiseFlowScheduler has it; ``steps`` is the number that the model is meant
+    for (None: one a window), which decides with ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data,
+    steps, guidance, evaluation and anything else the README should say. ``link`` makes hard links to the base's files
+    instead of copies, where the file system can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or
+    in the dtype that from_pretrained is given. ``pipeline`` changes entries of model_index.json. Raises UserError if
+    ``out`` is not empty, the base is incomplete or the weights do not fit.
     """
     base, out = Path(base_path), Path(out)
     refuse_existing(out)
-    index = read_json(base / "model_index.json") | dict(pipeline or {})
+    index = read_index(base) | dict(pipeline or {})
     unet_config = read_json(base / "unet" / "config.json")
+    check_config(unet_config, base / "unet" / "config.json")
     scheduler = PiecewiseFlowScheduler.for_student(
-        read_json(base / "scheduler" / "scheduler_config.json"),
+        read_scheduler(base),
         windows,
         prediction_type=prediction_type,
         network_time=network_time,
@@ -160,9 +164,7 @@ def export_folder(
     index["scheduler"] = ["diffusers" if stock else type(chosen).__module__, type(chosen).__name__]
 
     make_folder(out.parent)
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        make_folder(temporary)
+    with staged(out) as temporary:
         _copy_parts(base, index, temporary, link)
         (temporary / "unet").mkdir()
         shutil.copyfile(base / "unet" / "config.json", temporary / "unet" / "config.json")
@@ -183,7 +185,4 @@ def export_folder(
             ),
             encoding="utf-8",
         )
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".")

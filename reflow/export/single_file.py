@@ -11,8 +11,9 @@ import torch
 from reflow.errors import UserError
 from reflow.export.spec import markers, model_spec, other_programs
 from reflow.export.stock import stock_scheduler
-from reflow.export.student import checked_unet, read_json, same_reading
+from reflow.export.student import checked_unet, same_reading
 from reflow.models import Family, family
+from reflow.models.folder import read_index
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.weights.files import State, cast, dtype_of, read_state, refuse_existing, write_state
 from reflow.weights.original_names import (
@@ -26,7 +27,7 @@ from reflow.weights.original_names import (
 
 
 def _single_file_family(base_path: Path) -> Family:
-    index = read_json(base_path / "model_index.json")
+    index = read_index(base_path)
     names = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
     if index.get("_class_name") not in names:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,7 @@ from reflow.quiet import quiet_imports
 from reflow.sampling import PiecewiseFlowScheduler
 from reflow.weights.delta import student_settings
 from reflow.weights.files import State, cast
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__} where a table {{...}} belongs")
-        return found
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, so {path.parent} is no complete diffusers folder; give the folder that the student "
-            "was trained from."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}).") from error
+from reflow.weights.guard import on_meta
 
 
 def checked_unet(state: State, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -37,8 +22,7 @@ def checked_unet(state: State, config: Mapping[str, Any], dtype: torch.dtype) ->
     quiet_imports()
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        expected = UNet2DConditionModel.from_config(config).state_dict()
+    expected = on_meta(lambda: UNet2DConditionModel.from_config(config), "The config of the base's UNet").state_dict()
     wrong = sorted(expected.keys() ^ state.keys()) + [
         key for key in expected if key in state and expected[key].shape != state[key].shape
     ]

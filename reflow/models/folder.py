@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from reflow.errors import UserError
-from reflow.flow.schedule import DiscreteVP
+from reflow.models.checks import check_config, check_files, check_index, check_schedule, check_sizes, check_types
 from reflow.models.family import PARTS, Base, Family
-from reflow.models.parts import REMEDY, WEIGHTS, read_json
+from reflow.models.parts import WEIGHTS, read_json
 from reflow.quiet import quiet_imports
-from reflow.weights.files import choose_variant, variant_of
+from reflow.weights.files import choose_variant, shard_names, variant_of
+from reflow.weights.guard import CONVERT, PICKLES, REMEDY, need_finite, on_meta, pickles_allowed, reason_of
+
+TITLES = {"unet": "UNet", "vae": "VAE"}
 
 
 def load_base(
@@ -40,9 +43,11 @@ def load_base(
         )
     encoders = ("text_encoder", "text_encoder_2") if family.pooled else ("text_encoder",)
     tokenizers = ("tokenizer", "tokenizer_2") if family.pooled else ("tokenizer",)
-    configs = {"pipeline": index, "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
+    configs = {"pipeline": index, "scheduler": read_scheduler(folder)}
     for name in ("unet", "vae", *encoders):
         configs[name] = read_json(folder / name / "config.json")
+        check_config(configs[name], folder / name / "config.json")
+    check_sizes(configs["unet"], configs["vae"], folder)
     if configs["unet"].get("_class_name") != "UNet2DConditionModel":
         raise UserError(
             f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel."
@@ -56,7 +61,6 @@ def load_base(
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     if "unet" in parts:
-        check_schedule(configs["scheduler"], folder / "scheduler" / "scheduler_config.json")
         base.unet = _network(UNet2DConditionModel, folder / "unet", dtype).to(device)
     if "vae" in parts:
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else dtype
@@ -68,15 +72,6 @@ def load_base(
         )
         base.tokenizers = tuple(_tokenizer(folder / name) for name in tokenizers)
     return base
-
-
-def check_schedule(config: Mapping[str, Any], file: Path) -> None:
-    """Raises UserError naming the file where a scheduler's config describes no noise schedule of a discrete VP network."""
-    try:
-        DiscreteVP.from_config(config)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"{file} describes no noise schedule that can be read ({reason}). {REMEDY}") from error
 
 
 def _folder(family: Family, path: str | Path, single: Mapping[str, str]) -> Path:
@@ -91,8 +86,18 @@ def _folder(family: Family, path: str | Path, single: Mapping[str, str]) -> Path
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json of a diffusers folder. Raises UserError where there is none, or one that cannot be read."""
-    return read_json(folder / "model_index.json")
+    """model_index.json of a diffusers folder. Raises UserError where there is none, or one that cannot be read or names foreign code."""
+    index = read_json(folder / "model_index.json")
+    check_index(index, folder / "model_index.json")
+    return index
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's config of a diffusers folder. Raises UserError where it describes no noise schedule."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    check_schedule(config, file)
+    return config
 
 
 def refuse_options(path: str | Path, single: Mapping[str, str]) -> None:
@@ -127,7 +132,7 @@ def find_folder(path: str | Path, single: Mapping[str, str] | None = None) -> Pa
     try:
         return Path(DiffusionPipeline.download(str(path), variant=_hub_variant(str(path))))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(
             f"There is no folder {path} here, and no hub repository of that name could be downloaded "
             f"({textwrap.shorten(reason, 160, placeholder=' ...')}). Write the path of a diffusers folder, or look at "
@@ -142,16 +147,14 @@ def _hub_variant(name: str) -> str | None:
 
     try:
         files = [file.removeprefix("unet/") for file in HfApi().list_repo_files(name) if file.startswith("unet/")]
-    except Exception:  # no connection, no such repository, no right to read it
+    except Exception:  # noqa: BLE001 - no connection, no such repository, no right to read it
         return None
     weights = [file for file in files if file.endswith(".safetensors")] or [f for f in files if f.endswith(".bin")]
     return choose_variant(weights, name) or None
 
 
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """One network in eval mode, after its weight files were opened and found whole."""
-    from safetensors import safe_open
-
+    """One network in eval mode, after its config and the headers of its weight files were found to fit each other."""
     files = sorted(folder.glob("*.safetensors"))
     others = [] if files else sorted(folder.glob("*.bin"))
     variant = choose_variant((file.name for file in files or others), folder)
@@ -160,24 +163,32 @@ def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             f"{folder} has no weights: {folder / (WEIGHTS[0 if kind.__module__.startswith('diffusers') else 1])}"
             f".safetensors is missing. {REMEDY}"
         )
-    for file in files:
-        if variant_of(file.name) != variant:
-            continue
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except Exception as error:
-            raise UserError(f"{file} is damaged or cut short ({error}). {REMEDY}") from error
+    if others and not pickles_allowed():
+        raise UserError(f"{folder} holds {others[0].name} and no .safetensors weights. {CONVERT} {PICKLES}=1 reads them without running code.")
+    for index in folder.glob("*.safetensors.index*.json"):
+        shard_names(index)
+    if files:
+        check_files(_described(kind, folder), [file for file in files if variant_of(file.name) == variant], folder / "config.json")
     try:
-        network, info = kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant or None, output_loading_info=True, local_files_only=True
-        )
+        how = {"torch_dtype": dtype, "variant": variant or None, "output_loading_info": True, "local_files_only": True}
+        # Without the keyword both libraries read the .bin files that were asked for above, with torch's weights_only.
+        network, info = kind.from_pretrained(folder, use_safetensors=True, **how) if files else kind.from_pretrained(folder, **how)
     except Exception as error:
-        raise UserError(f"The weights in {folder} cannot be loaded ({str(error).splitlines()[0]}). {REMEDY}") from error
+        raise UserError(f"The weights in {folder} cannot be loaded ({reason_of(error)}). {REMEDY}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"The weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}. {REMEDY}")
+    need_finite(network.named_parameters(), f"the {TITLES.get(folder.name, 'text encoder')} of {folder.parent}")
     return network.eval()
+
+
+def _described(kind: Any, folder: Path) -> torch.nn.Module:
+    """The network of a folder's config, on the meta device."""
+    config = read_json(folder / "config.json")
+    check_types(kind if kind.__module__.startswith("diffusers") else kind.config_class, config, folder / "config.json")
+    if kind.__module__.startswith("diffusers"):
+        return on_meta(lambda: kind.from_config(config), folder / "config.json")
+    return on_meta(lambda: kind(kind.config_class.from_dict(config)), folder / "config.json")
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -190,4 +201,4 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise UserError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}). {REMEDY}") from error
+        raise UserError(f"The tokenizer in {folder} cannot be read ({reason_of(error)}). {REMEDY}") from error

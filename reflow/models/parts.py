@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from reflow.errors import UserError, short
+from reflow.weights.guard import REMEDY
 
-from reflow.errors import UserError
-
-REMEDY = "Download or export the folder again, or point the recipe at a complete one."
 WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a diffusers folder. Raises UserError that says what is wrong with the folder."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__} where a table {{...}} belongs")
         return found
@@ -33,18 +30,10 @@ def read_json(path: Path) -> dict[str, Any]:
                 "Write the folder that save_pretrained made."
             ) from None
         raise UserError(f"{path} is missing. {REMEDY}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}). {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({short(str(error))}). {REMEDY}") from error
 
 
-def need_finite(tensors: Iterable[tuple[str, torch.Tensor]], place: str) -> None:
-    """Raises UserError that counts the named floating-point tensors with a NaN or an infinity; one pass, no copies."""
-    bad = []
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
-            bad.append(name)
-    if bad:
-        raise UserError(
-            f"{len(bad)} tensors of {place} are not finite, the first is {bad[0]}: its weights are damaged, or were cast to fp16 beyond "
-            f"its range. {REMEDY}"
-        )
+def refused(name: str) -> float:
+    """NaN and infinities are no JSON, though Python reads and writes them."""
+    raise ValueError(f"it holds {name}, which is no number")

@@ -7,10 +7,10 @@ the user names), the tokenizer from a folder that the user names.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import uuid
@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 
-from reflow.errors import UserError
+from reflow.errors import UserError, short
+from reflow.models import checks
+from reflow.models.parts import read_json
 from reflow.quiet import quiet_imports
+from reflow.weights import guard
 from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,
@@ -68,15 +71,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     Raises UserError for another kind of file, a damaged one, and a .ckpt that holds more than tensors.
     """
     if file.suffix == ".safetensors":
-        from safetensors import safe_open
-        from safetensors.torch import load_file
-
-        try:
-            with safe_open(str(file), "pt") as opened:
-                metadata = dict(opened.metadata() or {})
-            return load_file(str(file)), metadata
-        except Exception as error:
-            raise UserError(f"{file} is damaged or cut short ({error}). Download it again.") from error
+        return guard.load(file, "Download it again.")
     if file.suffix != ".ckpt":
         raise UserError(
             f"{file} is a file, but neither a diffusers folder nor a checkpoint that ends in {' or '.join(SUFFIXES)}. "
@@ -88,15 +83,20 @@ def read_checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
         except RuntimeError:  # the format of torch < 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own first line advises to run the code.
-        found = re.search(r"Unsupported \w+: (?:GLOBAL )?([^\n]+?) was not an allowed", str(error))
-        reason = f"it asks for {found[1]}" if found else f"{type(error).__name__} from torch.load"
         raise UserError(
-            f"{file} cannot be read ({reason}): it is damaged, or holds pickled code next to its "
+            f"{file} cannot be read ({guard.reason_of(error)}): it is damaged, or holds pickled code next to its "
             "tensors, which is not run here. Use the .safetensors form of this checkpoint."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, {}
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds a {type(state).__name__} where its weights belong. Use the .safetensors form of this checkpoint.")
+    found = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    for key, value in found.items():
+        # A pickle can name a tensor of any size over a storage of one element.
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{file}: {short(key)} is no plain tensor. Use the .safetensors form of this checkpoint.")
+    return found, {}
 
 
 def kind_of(state: State, file: Path) -> str:
@@ -157,13 +157,15 @@ def prediction_of(state: State, metadata: Mapping[str, str], given: str, file: P
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """model_index ("pipeline"), scheduler and networks' configs of a folder, by part."""
-    from reflow.models.parts import read_json
-
     index = read_json(folder / "model_index.json")
+    checks.check_index(index, folder / "model_index.json")
     configs = {"pipeline": index, "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
+    checks.check_schedule(configs["scheduler"], folder / "scheduler" / "scheduler_config.json")
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if part in index or part != "text_encoder_2":
             configs[part] = read_json(folder / part / "config.json")
+            checks.check_config(configs[part], folder / part / "config.json")
+    checks.check_sizes(configs["unet"], configs["vae"], folder)
     return configs
 
 
@@ -173,16 +175,14 @@ def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
-            "vae": AutoencoderKL.from_config(dict(configs["vae"])),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
-        }
-        if "text_encoder_2" in configs:
-            second = CLIPTextConfig.from_dict(dict(configs["text_encoder_2"]))
-            parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
-    return parts
+    makers: dict[str, Callable[[Any], Any]] = {
+        "unet": UNet2DConditionModel.from_config,
+        "vae": AutoencoderKL.from_config,
+        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
+    }
+    return {part: guard.on_meta(functools.partial(make, dict(configs[part])), f"The config of the {part}")
+            for part, make in makers.items() if part in configs}  # fmt: skip
 
 
 def _clip_name(prefix: str, state: State) -> Callable[[str], str]:
@@ -211,7 +211,7 @@ def convert(state: State, kind: str, parts: Mapping[str, Any], file: Path) -> di
             name = _clip_name(SDXL_CLIP_PREFIX if kind == "sdxl" else SD_CLIP_PREFIX, state)
             names = {key: name(key) for key in wanted}
         else:
-            source, names = _open_clip(state, network), {key: key.removeprefix("text_model.") for key in wanted}
+            source, names = _open_clip(state, network, file), {key: key.removeprefix("text_model.") for key in wanted}
         missing = [original for original in names.values() if original not in source]
         if missing:
             raise UserError(
@@ -224,7 +224,7 @@ def convert(state: State, kind: str, parts: Mapping[str, Any], file: Path) -> di
             if part == "vae" and wanted[key].ndim == 2 and tensor.ndim == 4:
                 tensor = tensor[:, :, 0, 0]  # its attention was written with 1x1 convolutions
             if tensor.shape != wanted[key].shape:
-                inpainting = original == f"{UNET_PREFIX}input_blocks.0.0.weight" and tensor.shape[1] == 9
+                inpainting = original == f"{UNET_PREFIX}input_blocks.0.0.weight" and tensor.ndim == 4 and tensor.shape[1] == 9
                 hint = (
                     "this is an inpainting model, whose base is trained instead: give the base, then merge"
                     if inpainting
@@ -235,16 +235,20 @@ def convert(state: State, kind: str, parts: Mapping[str, Any], file: Path) -> di
                     f"{list(wanted[key].shape)}; {hint}."
                 )
             result[part][key] = tensor
+        guard.need_weights(((names[k], t) for k, t in result[part].items() if wanted[k].is_floating_point()), str(file))
     return result
 
 
-def _open_clip(state: State, network: Any) -> dict[str, torch.Tensor]:
+def _open_clip(state: State, network: Any, file: Path) -> dict[str, torch.Tensor]:
     """SDXL's second text encoder by diffusers' own reading, without "text_model." in the names."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     own = {key: tensor for key, tensor in state.items() if key.startswith(SDXL_OPEN_CLIP_PREFIX)}
     config = SimpleNamespace(config=network.config)
-    named = convert_open_clip_checkpoint(config, own, prefix=SDXL_OPEN_CLIP_PREFIX)
+    try:
+        named = convert_open_clip_checkpoint(config, own, prefix=SDXL_OPEN_CLIP_PREFIX)
+    except Exception as error:  # whatever it stumbles over in tensors of foreign shapes
+        raise UserError(f"{file}: its second text encoder cannot be read ({guard.reason_of(error)}). Download it again.") from error
     return {key.removeprefix("text_model."): tensor for key, tensor in named.items()}
 
 
@@ -275,7 +279,7 @@ def find_tokenizers(folder: str, count: int, file: Path) -> list[Path | None]:
 def _write_tokenizers(found: list[Path | None], parts: Mapping[str, Any], out: Path, file: Path) -> None:
     from transformers import CLIPTokenizer
 
-    for folder, name, encoder in zip(found, ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")):
+    for folder, name, encoder in zip(found, ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), strict=False):
         if folder is None:
             # SDXL's second tokenizer is the first one, padded with "!", whose id is 0.
             CLIPTokenizer.from_pretrained(out / "tokenizer", pad_token="!").save_pretrained(out / name)

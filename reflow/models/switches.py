@@ -121,7 +121,7 @@ def _trial(run: Any, width: int, device: torch.device, dtype: torch.dtype, train
             out = run(q, q, q)
             if trains:
                 out.sum().backward()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - said as the reason
             # PyTorch says in warnings what each kernel misses; the error says only that none is left.
             said = [str(w.message).splitlines()[0].split(" (Triggered")[0] for w in caught]
             said = [line for line in said if "runtime disabled" not in line and "not used because" not in line]

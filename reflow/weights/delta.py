@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from reflow.errors import UserError
-from reflow.flow import Windows
+from reflow.errors import UserError, quote, short
+from reflow.flow import PREDICTION_TYPES, Windows
+from reflow.flow.schedule import NETWORK_TIMES
 from reflow.weights.files import (
     State,
     public_name,
@@ -50,19 +51,20 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def _delta_file(source: str | Path | State) -> str | Path | State:
+def _delta_file(source: str | Path) -> Path:
     """PeRFlow's published folders hold the delta under a name of its own, or as if it were a UNet's weights."""
-    if isinstance(source, Mapping) or not Path(source).is_dir():
-        return source
-    if (Path(source) / PUBLISHED).is_file():
-        return Path(source) / PUBLISHED
-    files = weight_files(Path(source))
-    return files[0] if len(files) == 1 else source
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    if (path / PUBLISHED).is_file():
+        return path / PUBLISHED
+    files = weight_files(path)
+    return files[0] if len(files) == 1 else path
 
 
 def _metadata_file(source: str | Path) -> Path:
     """The file whose metadata speaks for a delta: itself, or the first of its shards."""
-    file = Path(_delta_file(source))
+    file = _delta_file(source)
     if not file.is_dir():
         return file
     files = weight_files(file) or weight_files(file / "unet")
@@ -76,7 +78,7 @@ def _metadata_file(source: str | Path) -> Path:
 
 
 def _examples(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return short(", ".join(keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def make_delta(base: str | Path | State, student: str | Path | State) -> dict[str, torch.Tensor]:
@@ -131,16 +133,24 @@ def student_settings(path: str | Path) -> dict[str, Any]:
     """windows, prediction_type and network_time stored in a .safetensors file, as keyword arguments of export_folder.
 
     {} for files that do not say, as PeRFlow's published deltas: those were trained on 4 uniform windows with
-    network_time "perflow".
+    network_time "perflow". Raises UserError for metadata that cannot be.
     """
     metadata = delta_metadata(path)
     if "windows" not in metadata:
         return {}
-    return {
-        "windows": Windows(tuple(json.loads(metadata["windows"]))),
-        "prediction_type": metadata["prediction_type"],
-        "network_time": metadata["network_time"],
-    }
+    try:
+        windows = Windows(tuple(json.loads(metadata["windows"])))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise unreadable(path, "windows", metadata["windows"], "falling boundaries as [1.0, 0.5, 0.0]") from error
+    for key, known in (("prediction_type", PREDICTION_TYPES), ("network_time", NETWORK_TIMES)):
+        if metadata.get(key) not in known:
+            raise unreadable(path, key, metadata.get(key), f"one of {', '.join(known)}")
+    return {"windows": windows, "prediction_type": metadata["prediction_type"], "network_time": metadata["network_time"]}
+
+
+def unreadable(path: str | Path, key: str, value: Any, what: str) -> UserError:
+    """Where a file's own metadata say something that they cannot mean."""
+    return UserError(f"{path} says in its metadata that {key} is {quote(value)}; it must be {what}. Write or download the file again.")
 
 
 def merge(
@@ -154,7 +164,8 @@ def merge(
     """
     if not math.isfinite(scale):
         raise UserError(f"The merge scale is {scale}; it must be a finite number, 1 for the whole delta.")
-    custom_state, delta_state = read_state(custom), read_state(_delta_file(delta))
+    custom_state = read_state(custom)
+    delta_state = read_state(delta if isinstance(delta, Mapping) else _delta_file(delta))
     report = MergeReport()
     for key in sorted(custom_state.keys() | delta_state.keys()):
         if key not in custom_state:

@@ -11,22 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from reflow.errors import UserError
-from reflow.outputs import check_output
+from reflow.errors import UserError, quote, short
+from reflow.outputs import check_output, written
+from reflow.weights.guard import CONVERT, load, need_weights, opened
 
 State = Mapping[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")  # in a file's stem
-
-CONVERT = (
-    "Pickles can run code when they are read; convert weights that you trust with diffusers' "
-    "UNet2DConditionModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
-)
 
 
 def public_name(path: str | Path) -> str:
@@ -49,12 +44,27 @@ def make_folder(folder: Path) -> None:
 
 def save_tensors(state: State, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """safetensors' save_file, with the access rights that any new file gets here: it makes files of its own that
-    nobody but their owner can read."""
+    nobody but their owner can read. Equal tensors and metadata make equal files."""
     path.touch()
     rights = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(state), str(path), metadata=None if metadata is None else dict(metadata))
     if stat.S_IMODE(path.stat().st_mode) != rights:
         path.chmod(rights)
+    if metadata is not None and len(metadata) > 1:
+        _order_header(path)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the metadata in a safetensors file's header, which the library writes in another order every time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:  # the same entries in the same words take the same place
+            raise ValueError(f"the header of {path} grew from {size} to {len(text)} bytes when it was sorted")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
@@ -113,17 +123,20 @@ def weight_files(folder: Path) -> list[Path]:
     if whole in names:
         return [folder / whole]
     index = folder / f"{WEIGHTS}.safetensors.index{dot}.json"
-    try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{index} is no readable index of shards ({error!r}). Write or download it again.") from error
+    return [folder / name for name in shard_names(index)]
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, each beside it. Raises UserError for an index that cannot be read or leads elsewhere."""
     try:
-        return load_file(file)
-    except Exception as error:
-        raise UserError(f"{file} is missing, damaged or cut short ({error}). Write or download it again.") from error
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(f"{index} is no readable index of shards ({short(repr(error))}). Write or download it again.") from error
+    foreign = [name for name in names if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors")]
+    if foreign or not names:
+        what = f"names {quote(foreign[0])}, which is no .safetensors file beside it" if foreign else "names no shard"
+        raise UserError(f"{index} {what}. Write or download it again.")
+    return names
 
 
 def _must_be_safetensors(file: Path) -> None:
@@ -138,22 +151,31 @@ def refuse_pickles(folder: Path) -> None:
         raise UserError(f"{folder} holds {pickles[0].name} and no .safetensors weights. {CONVERT}")
 
 
+def _weights(files: list[Path]) -> dict[str, torch.Tensor]:
+    state = {}
+    for file in files:
+        tensors, _ = load(file)
+        need_weights(tensors.items(), str(file))
+        state.update(tensors)
+    return state
+
+
 def read_state(source: str | Path | State) -> dict[str, torch.Tensor]:
     """A state dict from a .safetensors file, a diffusers UNet folder or a whole pipeline folder; a mapping passes
     through.
 
-    Raises UserError where nothing readable lies there.
+    Raises UserError where nothing readable lies there, and for tensors that are no finite floating-point weights.
     """
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)
     if path.is_file():
         _must_be_safetensors(path)
-        return _load(path)
+        return _weights([path])
     for folder in (path, path / "unet"):
         files = weight_files(folder)
         if files:
-            return {key: tensor for file in files for key, tensor in _load(file).items()}
+            return _weights(files)
     refuse_pickles(path)
     raise UserError(
         f"{path} holds no UNet weights: expected a .safetensors file, a folder with {WEIGHTS}.safetensors, or a "
@@ -164,15 +186,12 @@ def read_state(source: str | Path | State) -> dict[str, torch.Tensor]:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a .safetensors file; {} if it has none. Raises UserError for another or a damaged file."""
     _must_be_safetensors(Path(path))
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as a .safetensors file ({error}).") from error
+    with opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises UserError if a file, or a folder that is not empty, is already there, or if nothing can be written there."""
+    """Raises UserError if a file, or a folder with something in it, is already there, or none can be written there."""
     if path.is_file() or path.is_symlink() or (path.is_dir() and any(path.iterdir())):
         raise UserError(
             f"{path} already exists; nothing was written. Choose another name, or move the old one away first."
@@ -183,20 +202,14 @@ def refuse_existing(path: Path) -> None:
 def write_state(
     state: State, path: str | Path, *, dtype: str | torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a .safetensors file under a temporary name, then rename it. Raises UserError if ``path`` exists or has
-    another suffix."""
+    """Write a .safetensors file that appears whole or not at all. Raises UserError if ``path`` exists or has another
+    suffix, and OSError that names it where the system refuses it."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
     refuse_existing(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        ready = cast(state, None if dtype is None else dtype_of(dtype))
+    ready = cast(state, None if dtype is None else dtype_of(dtype))
+    with written(path) as temporary:
         save_tensors(ready, temporary, {"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

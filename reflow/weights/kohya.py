@@ -13,6 +13,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.quiet import quiet_imports
+from reflow.weights.guard import on_meta
 from reflow.weights.original_names import UNET_PREFIX, unet_names
 
 # diffusers' ends of a layer's two tensors, and kohya's.
@@ -29,8 +30,7 @@ def kohya_names(layers: Sequence[str], unet_config: Mapping[str, Any]) -> dict[s
     quiet_imports()
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        weights = UNet2DConditionModel.from_config(dict(unet_config)).state_dict()
+    weights = on_meta(lambda: UNet2DConditionModel.from_config(dict(unet_config)), "The config of the base's UNet").state_dict()
     for layer in layers:
         if f"{layer}.weight" not in weights:
             raise UserError(
@@ -58,7 +58,8 @@ def _check(names: Mapping[str, str], unet_config: Mapping[str, Any]) -> None:
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     # A number in place of every tensor: which number comes back under which name says it all.
-    asked, want = {}, {}
+    asked: dict[str, torch.Tensor] = {}
+    want: dict[str, int] = {}
     for layer, name in names.items():
         asked[f"{name}.alpha"] = torch.tensor(1)
         for ours, theirs in PARTS.items():

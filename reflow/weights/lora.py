@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from reflow.errors import UserError
+from reflow.errors import UserError, short
 from reflow.weights.files import State, read_state, write_state
+from reflow.weights.guard import opened
 from reflow.weights.kohya import PARTS, kohya_names
 from reflow.weights.runs import stage_folder
 
@@ -32,12 +32,20 @@ def is_lora(path: str | Path) -> bool:
     """Whether a .safetensors file holds LoRA weights for a UNet."""
     if not Path(path).is_file():
         return False
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            keys = list(file.keys())
-    except Exception as error:
-        raise UserError(f"{path} is damaged or cut short ({error}). Write or download it again.") from error
+    with opened(path) as file:
+        keys = list(file.keys())
     return bool(keys) and all(key.startswith(PREFIX) and key.endswith((A, B)) for key in keys)
+
+
+def read_lora(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file. Raises UserError where A and B of a layer do not belong together."""
+    state = read_state(path)
+    for key in sorted(state):
+        other = key.removesuffix(A) + B if key.endswith(A) else key.removesuffix(B) + A
+        down, up = (state.get(k) for k in ((key, other) if key.endswith(A) else (other, key)))
+        if down is None or up is None or min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1]:
+            raise UserError(f"{path} is no whole LoRA: {short(key)} and {short(other)} do not belong together. Write or download it again.")
+    return state
 
 
 def lora_state(adapter: State, scale: float) -> dict[str, torch.Tensor]:
@@ -76,10 +84,18 @@ def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
 
 def student_state(base: str | Path | State, weights: str | Path | State) -> dict[str, torch.Tensor]:
     """A whole student's state: `weights` as it is, or a LoRA file merged into the base's UNet. Raises UserError where
-    the two do not fit."""
-    if isinstance(weights, Mapping) or not is_lora(weights):
-        return read_state(weights)
-    return merge_lora(read_state(base), read_state(weights))
+    the two do not fit; of a whole student and a base on the disk, whatever makes a network of them says so."""
+    if not isinstance(weights, Mapping) and is_lora(weights):
+        return merge_lora(read_state(base), read_lora(weights))
+    state = read_state(weights)
+    if isinstance(base, Mapping):
+        wrong = sorted(base.keys() ^ state.keys()) or [key for key in base if base[key].shape != state[key].shape]
+        if wrong:
+            raise UserError(
+                f"{weights} does not fit the base's UNet: {len(wrong)} weights differ in name or shape, the first is {short(wrong[0])}. Give the "
+                "base that this student was trained from."
+            )
+    return state
 
 
 def kohya_state(lora: State, unet_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -103,5 +119,5 @@ def export_lora(weights: str | Path, out: str | Path, *, dtype: str | torch.dtyp
             f"{weights} is a whole student and no LoRA, and none is extracted from it; export --format delta instead, "
             "or train with model.lora_rank."
         )
-    state = read_state(weights)
+    state = read_lora(weights)
     return write_state(state if kohya is None else kohya_state(state, kohya), out, dtype=dtype, metadata=metadata)

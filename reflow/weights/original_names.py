@@ -182,9 +182,8 @@ def original_clip(state: State, prefix: str) -> dict[str, torch.Tensor]:
         prefix + (key if key.startswith("text_model.") else f"text_model.{key}"): tensor
         for key, tensor in state.items()
     }
-    positions = state.get(
-        "embeddings.position_embedding.weight", state.get("text_model.embeddings.position_embedding.weight")
-    )
+    name = "embeddings.position_embedding.weight"
+    positions = state[name if name in state else f"text_model.{name}"]
     result[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(len(positions))[None]
     return result
 

@@ -1,5 +1,6 @@
-"""Names of stages in a run directory. Stages are counted from 1 in all that people see: folders, checkpoints, logs, reports, options.
+"""Names of stages in a run directory.
 
+Stages are counted from 1 in all that people see: folders, checkpoints, logs, reports, options.
 Runs of versions before counted from 0. They are read and continued as they are: such a directory has a `stage-0`.
 """
 

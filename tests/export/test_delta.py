@@ -174,7 +174,7 @@ def test_reading_weights_wherever_they_lie(tmp_path, sd15):
     (tmp_path / "cut.safetensors").write_bytes(
         (tmp_path / "half/diffusion_pytorch_model.fp16.safetensors").read_bytes()[:5000]
     )
-    with pytest.raises(UserError, match="cut.safetensors is missing, damaged or cut short"):
+    with pytest.raises(UserError, match="cut.safetensors is damaged or cut short"):
         read_state(tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         student_settings(tmp_path / "cut.safetensors")

@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.models import family, family_of

@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.export import export_folder, stock_scheduler
 from reflow.flow import Windows
@@ -259,7 +259,7 @@ def test_weights_that_do_not_fit(trained, change, word, tmp_path):
 
 def test_bases_that_are_not_whole(trained, tmp_path):
     base, _, state = trained
-    with pytest.raises(UserError, match="model_index.json is missing"):
+    with pytest.raises(UserError, match="no diffusers pipeline: it has no model_index.json"):
         export_folder(tmp_path, state, tmp_path / "out", windows=4)
     broken = shutil.copytree(base, tmp_path / "broken")
     shutil.rmtree(broken / "vae")

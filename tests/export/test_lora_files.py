@@ -17,6 +17,7 @@ from reflow.weights.files import write_state
 from reflow.weights.kohya import kohya_names
 from reflow.weights.lora import adapter_state, export_lora, is_lora, lora_state, merge_lora, student_state
 
+
 def lora_of(unet, rank=2):
     """Random LoRA weights for every linear layer and convolution, of a size that changes what is drawn."""
     g, state = torch.Generator().manual_seed(3), {}

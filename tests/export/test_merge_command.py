@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file, save_file
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.sampling import PiecewiseFlowScheduler
@@ -169,7 +169,7 @@ def test_a_place_that_cannot_be_made_is_one_sentence(reflow, models, here):
         reflow(*merge, "file/in/out")
     with pytest.raises(UserError, match="file/out.safetensors cannot be made: .*file is a file, not a folder"):
         write_state({}, "file/out.safetensors")
-    with pytest.raises(UserError, match="(file/out\S* cannot be made|The folder file/out cannot be made)"):
+    with pytest.raises(UserError, match=r"(file/out\S* cannot be made|The folder file/out cannot be made)"):
         reflow("sample", "--model", place / "sd15", "--prompt", "abc", "--steps", 1, "--out", "file/out")
 
 
@@ -180,6 +180,6 @@ def test_a_whole_model_is_no_delta(reflow, models, here):
         reflow(*merge, "--delta", place / "v" / "unet")
     published = shutil.copytree(place / "v" / "unet", here / "unet")
     (published / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         reflow(*merge, "--delta", published)
     assert [file.name for file in here.iterdir()] == ["unet"]

@@ -1,13 +1,13 @@
 """Single files with the original key names: read back by diffusers itself, in small, and recognised at full size."""
 
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.export import export_single_file, single_file_state
 from reflow.weights.original_names import (

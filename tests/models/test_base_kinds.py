@@ -9,7 +9,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
-
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver, network_time
 from reflow.models import denoise, family
 

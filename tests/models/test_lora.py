@@ -9,7 +9,6 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
 import tiny_pipelines
-
 from reflow.errors import UserError
 from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, View
 
@@ -60,7 +59,7 @@ def test_without_an_adapter_the_network_is_the_base(family, dtype):
         torch.testing.assert_close(View(adapters, AVERAGE)(*args)[0], student, **near)
         assert (View(adapters, TEACHER)(*args)[0] - student).abs().max() > 3 * near["atol"]
         with pytest.raises(ZeroDivisionError), adapters.active():
-            1 / 0
+            raise ZeroDivisionError
         torch.testing.assert_close(Student(adapters)(*args)[0], student, **near)
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items() if ".lora_" not in name}
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
-
 from reflow import models
 from reflow.data.latents import LatentDataset
 from reflow.errors import UserError

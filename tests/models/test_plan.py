@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
-
 from reflow.errors import UserError
 from reflow.export import export_single_file
 from reflow.models import family, single_file

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
-
 from reflow.errors import UserError
 from reflow.export import export_folder, export_single_file
 from reflow.flow import Windows

@@ -10,7 +10,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_pipelines
-
 from reflow.errors import UserError
 from reflow.models import Conditioning, denoise, switches
 from reflow.models.lora import STUDENT, Adapters, Student, View
