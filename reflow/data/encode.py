@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from reflow.data.buckets import Size
-from reflow.data.pictures import fit
+from reflow.data.budget import Budget
+from reflow.data.foreign import shown
+from reflow.data.pictures import fit, pixels_of, upright
 from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.models.conditioning import Conditioning
@@ -21,19 +23,28 @@ Picture = tuple[np.ndarray, list[int]]  # pixels [c,h,w] uint8, time ids
 
 
 class Encoder:
-    """A base's VAE and text encoders over a source, in fp32 and without TF32. `threads` decode images."""
+    """A base's VAE and text encoders over a source, in fp32 and without TF32. `threads` decode images, a bounded number of pixels at once."""
 
     def __init__(self, base: Base, source: Source, threads: int = 4) -> None:
         self.base, self.source = base, source
         self.channels = base.configs["vae"].get("in_channels", 3)
-        self.pool = ThreadPoolExecutor(max_workers=threads)
+        self.pool, self.budget = ThreadPoolExecutor(max_workers=threads), Budget()
 
     def picture(self, number: int, size: Size) -> Picture | str:
-        """The image fitted to (height, width), or why it cannot be used."""
+        """The image fitted to (height, width), or why it and its caption cannot be used, in one line."""
         try:
-            return fit(self.source.image(number), size, self.channels)
-        except Exception as error:  # PIL's readers raise almost anything on damaged files
-            return f"{type(error).__name__}: {error}"
+            if fault := self.source.fault(number):
+                return shown(fault)
+            image = self.source.open(number)
+        except Exception as error:  # noqa: BLE001 - PIL's readers raise almost anything on damaged files
+            return shown(f"{type(error).__name__}: {error}")
+        with self.budget.take(pixels_of(image)):
+            try:
+                return fit(upright(image), size, self.channels)
+            except Exception as error:  # noqa: BLE001 - as above
+                return shown(f"{type(error).__name__}: {error}")
+            finally:
+                image.close()  # its memory goes before its share of the budget
 
     def pictures(self, batches: Iterable[Sequence[int]], size: Size) -> Iterator[list[Picture | str]]:
         """The pictures of each batch; the next batch is decoded while the caller works on this one."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ import torch
 from reflow.data import buckets, workers
 from reflow.data.cache import MANIFEST, check_base, fingerprint, read_manifest
 from reflow.data.encode import Encoder, cut_captions
-from reflow.data.shards import Skipped, grow, notes_of, vectors, write_json
+from reflow.data.shards import Skipped, grow, notes_of, npy, tidy, vectors, write_json
 from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.locks import alone
 from reflow.models.family import Base
-from reflow.outputs import others
+from reflow.outputs import others, write_text, written
 from reflow.weights.files import save_tensors
 
 Progress = Callable[[str, int], None]  # (kind as in `Preparation.totals`, how many more)
@@ -73,7 +72,8 @@ class Preparation:
         self.captions = list(dict.fromkeys(words))
         row_of = {caption: row for row, caption in enumerate(self.captions)}
         self.caption_of = np.array([row_of[w] for w in words], np.int32)
-        self.empty, self.cut = words.count(""), cut_captions(base, self.captions)
+        self.empty = sum(not words[number] and not source.fault(number) for number in range(len(words)))
+        self.cut = cut_captions(base, self.captions)
         self.use(base)
 
     def use(self, base: Base) -> None:
@@ -146,7 +146,7 @@ class Preparation:
         try:
             with alone(self.out, "A `reflow prepare`"):
                 return self.work(self.begin(), progress, count, loader)
-        except UserError:
+        except (UserError, OSError):
             if new and not (self.out / MANIFEST).exists():
                 shutil.rmtree(self.out, ignore_errors=True)
             raise
@@ -186,9 +186,8 @@ class Preparation:
                 rows.append(part)
                 progress("sizes", len(part))
             found = np.concatenate(rows)
-            temporary = self.out / ".sizes.tmp.npy"
-            np.save(temporary, found)
-            os.replace(temporary, kept)
+            with written(kept) as temporary, open(temporary, "wb") as file:
+                file.write(npy(found))
         bucket = buckets.nearest(self.sizes, found)
         return [np.flatnonzero(bucket == b) for b in range(len(self.sizes))]
 
@@ -265,7 +264,7 @@ class Preparation:
 
     def list_bad(self, skipped: Skipped) -> None:
         if skipped:
-            (self.out / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped), encoding="utf-8")
+            write_text(self.out / "skipped.jsonl", "".join(json.dumps(s) + "\n" for s in skipped))
 
     def finish(self, manifest: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
         """The null prompt and the finished manifest."""
@@ -297,9 +296,9 @@ class Preparation:
             "text_embeds": null.text_embeds,
             "time_ids": null.time_ids,
         }
-        temporary = self.out / ".null.tmp"
-        save_tensors({k: v.contiguous() for k, v in tensors.items() if v is not None}, temporary)
-        os.replace(temporary, self.out / "null.safetensors")
+        with written(self.out / "null.safetensors") as temporary:
+            save_tensors({k: v.contiguous() for k, v in tensors.items() if v is not None}, temporary)
+        tidy(self.out)
         pooled = null.text_embeds
         shapes = {
             "hidden": list(null.encoder_hidden_states.shape[1:]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +62,19 @@ class Shaped:
         """The first items, at most `count`, that have the data set's `shape`."""
         return torch.arange(self.largest.first, self.largest.first + min(count, self.largest.count))
 
+    def identity(self) -> str:
+        """A word for which items these are: their number, shapes and some captions, without an image read. Equal on ranks that read the same."""
+        items = torch.linspace(0, len(self) - 1, min(len(self), 64), dtype=torch.float64).long()
+        told = [[(g.first, g.count, list(g.shape)) for g in self.groups], self.own_words(items)]
+        return f"{len(self)} items, {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+
     def words(self, items: torch.Tensor) -> list[str]:
         """The captions of items [B] as text; "" where a data set does not keep it."""
         return [""] * len(items)
+
+    def own_words(self, items: torch.Tensor) -> list[str]:
+        """`words` of items [B] of any shapes, of the items themselves, without an image read."""
+        return self.words(items)
 
     def group_of(self, items: torch.Tensor) -> Group:
         """The group of items [B]. Raises ValueError where they are of several."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,15 +13,22 @@ import numpy as np
 import pyarrow
 import torch
 
+from reflow.outputs import about, write_text, written
+
 Skipped = list[dict[str, str]]
 # From the number of items that are done already: (items done after a batch, its rows, what was skipped in it).
 Batches = Callable[[int], Iterator[tuple[int, pyarrow.Table, Skipped]]]
 
 
 def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1))
+
+
+def npy(values: np.ndarray) -> bytes:
+    """An array as an .npy file. numpy itself, writing to a full disk, does not say why it cannot."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
 
 
 def notes_of(path: Path) -> dict[str, Any] | None:
@@ -36,13 +44,12 @@ def write_shard(path: Path, table: pyarrow.Table, notes: dict[str, Any]) -> None
     """A shard and its notes; the shard appears last and whole, and its size in the notes shows later damage."""
     from datasets.arrow_writer import ArrowWriter
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer = ArrowWriter(path=str(temporary), schema=table.schema)
-    writer.write_table(table)
-    writer.finalize()
-    notes = {"file": path.name, "rows": len(table), "bytes": os.path.getsize(temporary), **notes}
-    write_json(path.with_suffix(".json"), notes)
-    os.replace(temporary, path)
+    with written(path) as temporary:
+        writer = ArrowWriter(path=str(temporary), schema=table.schema)
+        writer.write_table(table)
+        writer.finalize()
+        notes = {"file": path.name, "rows": len(table), "bytes": os.path.getsize(temporary), **notes}
+        write_json(path.with_suffix(".json"), notes)
 
 
 def journal_of(path: Path) -> Path:
@@ -72,7 +79,7 @@ def grow(path: Path, total: int, batches: Batches) -> Iterator[tuple[int, Skippe
     journal = journal_of(path)
     fresh = journal.with_suffix(".next")
     writer = None
-    with pyarrow.OSFile(str(fresh), "wb") as sink:
+    with about(path, fresh, journal), pyarrow.OSFile(str(fresh), "wb") as sink:
 
         def write(batch: pyarrow.RecordBatch, end: int, bad: Skipped) -> None:
             nonlocal writer
@@ -94,6 +101,13 @@ def grow(path: Path, total: int, batches: Batches) -> Iterator[tuple[int, Skippe
                 done = end
     write_shard(path, pyarrow.Table.from_batches(kept).combine_chunks(), {"skipped": skipped})
     journal.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Take away what killed preparations left beside whole shards: journals and files that were being written."""
+    for pattern in (".*.journal", ".*.next", ".*.tmp", ".*.tmp.npy"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def empty(schema: pyarrow.Schema) -> pyarrow.RecordBatch:

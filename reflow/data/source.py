@@ -7,22 +7,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from reflow.data.foreign import shown
 from reflow.data.pictures import stored_size, upright
+
+REASONS = 12  # that one sentence tells
 
 
 class Left(dict[str, tuple[int, str]]):
     """What is not taken: for each reason how many and the name of the first."""
 
     def note(self, name: str, reason: str, count: int = 1) -> None:
-        before, first = self.get(reason, (0, name))
+        before, first = self.get(reason := shown(reason), (0, shown(name)))
         self[reason] = before + count, first
 
     def sentence(self) -> str:
-        """All of it in words, "" where there is nothing."""
-        return "; ".join(
+        """All of it in words, "" where there is nothing; of a great many reasons the first ones."""
+        told = [
             f"{count} left out ({reason}), the first is {first}" if count > 1 else f"{first} left out ({reason})"
-            for reason, (count, first) in self.items()
-        )
+            for reason, (count, first) in list(self.items())[:REASONS]
+        ]
+        rest = [count for count, _ in list(self.values())[REASONS:]]
+        return "; ".join([*told, f"{sum(rest)} more for {len(rest)} other reasons"] if rest else told)
 
 
 class Source:
@@ -41,12 +46,16 @@ class Source:
         raise NotImplementedError
 
     def key(self, number: int) -> str:
-        """A name for messages and lists."""
+        """A name for messages and lists, safe to print."""
         raise NotImplementedError
 
     def words(self, number: int) -> str | None:
-        """The caption as it is stored, None where there is none."""
+        """The caption as it is stored, None where there is none, "" where `fault` says why it cannot be used."""
         raise NotImplementedError
+
+    def fault(self, number: int) -> str:
+        """Why an item cannot be used for what its caption is, "" where it can."""
+        return ""
 
     def open(self, number: int) -> Image.Image:
         """The image, opened and not yet decoded. Raises OSError or what else PIL raises."""
@@ -77,7 +86,7 @@ class Source:
             try:
                 with self.open(number) as image:
                     rows[row] = stored_size(image)
-            except Exception:  # noqa: S110 - decoding it later says what is wrong
+            except Exception:  # noqa: BLE001, S110 - decoding it later says what is wrong
                 pass
         return rows
 
@@ -94,8 +103,7 @@ def said(left: Left) -> str:
 
 
 def stamp(file: Path) -> tuple[int, int]:
-    """(bytes, nanoseconds of the last change) of a file, (-1, -1) where it is missing: an edit changes it, its "
-    "content is not read."""
+    """(bytes, nanoseconds of the last change) of a file, (-1, -1) where it is missing: an edit changes it, its content is not read."""
     try:
         info = file.stat()
     except OSError:

@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from reflow.data.foreign import fault_of, kind_of, opened, parsed, shown, text_in
 from reflow.data.pictures import SUFFIXES, open_picture
 from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.data.variants import Variants
-from reflow.errors import UserError
-from reflow.lines import read_lines
+from reflow.errors import UserError, printable
+from reflow.lines import lines_of
 
 TABLES = ("metadata.jsonl", "captions.jsonl")
 
@@ -33,11 +35,18 @@ class Folder(Source):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.place, self.root = str(path), Path(path)
-        files = list(visible(self.root, self.left))
+        noted: set[Path] = set()
+        files = list(visible(self.root, self.left, noted))
         captions = {f: None for f in files if f.suffix.lower() in SUFFIXES}
         tables = sorted(f for f in files if f.name in TABLES)
+        listed = set()
         for table in tables:
-            captions |= dict(read_table(table))
+            for file, text in read_table(table):
+                if file in listed:
+                    self.left.note(self._name(file), "a further line of one image: the last one counts")
+                listed.add(file)
+                if file not in noted:
+                    captions[file] = text
         texts = {f.with_suffix(""): f for f in sorted(files) if f.suffix.lower() == ".txt"}
         stems = {f.with_suffix("") for f in captions}
         used = {*captions, *tables, *(f for f in files if f.suffix.lower() == ".txt" and f.with_suffix("") in stems)}
@@ -49,10 +58,15 @@ class Folder(Source):
                 f"or parquet files.{said(self.left)}"
             )
         self.files = sorted(captions, key=self._name)
-        self.captions = [
-            captions[f] if captions[f] is not None else read_text(texts.get(f.with_suffix(""), f.with_suffix(".txt")))
-            for f in self.files
-        ]
+        self.captions: list[str | None] = []
+        self.faults: dict[int, str] = {}
+        for number, file in enumerate(self.files):
+            text, fault = captions[file], fault_of(captions[file])
+            if text is None:
+                text, fault = read_text(texts.get(file.with_suffix(""), file.with_suffix(".txt")))
+            if fault:
+                self.faults[number] = fault
+            self.captions.append("" if fault else text)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -61,26 +75,32 @@ class Folder(Source):
         return len(self.files)
 
     def key(self, number: int) -> str:
-        return self._name(self.files[number])
+        return shown(self._name(self.files[number]))
 
     def words(self, number: int) -> str | None:
         return self.captions[number]
 
+    def fault(self, number: int) -> str:
+        return self.faults.get(number, "")
+
     def open(self, number: int) -> Image.Image:
+        opened(self.files[number]).close()  # Pillow, which opens it by name itself, would wait at a pipe
         return open_picture(self.files[number])
 
     def digest(self) -> str:
         total = hashlib.sha256()
         for number, file in enumerate(self.files):
-            total.update(json.dumps([self.key(number), self.caption(number), *stamp(file)]).encode())
+            total.update(json.dumps([self._name(file), self.caption(number), *stamp(file)]).encode())
         return total.hexdigest()
 
 
-def visible(root: Path, left: Left) -> Iterator[Path]:
+def visible(root: Path, left: Left, noted: set[Path] | None = None) -> Iterator[Path]:
     """The files under a folder and the folders that are linked there, but for names that begin with a dot.
 
-    Each folder is read once, by its own name before a link's; what cannot be followed is noted in `left`.
+    Each folder is read once, by its own name before a link's; what cannot be followed is noted in `left`, and links that lead
+    nowhere, pipes, sockets and devices by their paths in `noted`.
     """
+    noted = set() if noted is None else noted
     folders, linked, seen = [root], [], set()
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
@@ -102,16 +122,18 @@ def visible(root: Path, left: Left) -> Iterator[Path]:
                     left.note(path.relative_to(root).as_posix(), "its name begins with a dot")
                 continue
             try:
-                path.stat()  # of what a link leads to
+                mode = path.stat().st_mode  # of what a link leads to
             except OSError as error:
                 left.note(path.relative_to(root).as_posix(), f"it cannot be read: {error.strerror}")
+                noted.add(path)
                 continue
-            if path.is_dir():
+            if stat.S_ISDIR(mode):
                 (linked if entry.is_symlink() else folders).append(path)
-            elif path.is_file():
+            elif stat.S_ISREG(mode):
                 yield path
             else:
-                left.note(path.relative_to(root).as_posix(), "no file")
+                left.note(path.relative_to(root).as_posix(), kind_of(mode))
+                noted.add(path)
 
 
 def holds_pictures(path: Path) -> bool:
@@ -123,21 +145,23 @@ def holds_pictures(path: Path) -> bool:
     return any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names)
 
 
-def read_text(path: Path) -> str | None:
-    """A caption file's text without surrounding blanks; None where there is no such file."""
+def read_text(path: Path) -> tuple[str | None, str]:
+    """A caption file's text without surrounding blanks, None where there is no such file; and why it cannot be used."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        with opened(path) as stream:
+            return text_in(stream).strip(), ""
     except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The caption file {path} cannot be read ({error}); write it again as UTF-8 text.") from error
+        return None, ""
+    except (OSError, ValueError) as error:
+        return None, f"its caption {path.name} cannot be read: {error}"
 
 
 def table_lines(path: Path) -> list[str]:
     try:
-        return read_lines(path)
+        with opened(path) as stream:
+            return lines_of(stream.read().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The table {path} cannot be read ({error}); write it again as UTF-8 text.") from error
+        raise UserError(f"The table {shown(str(path))} cannot be read ({error}); write it again as UTF-8 text.") from error
 
 
 def read_table(path: Path) -> Iterator[tuple[Path, str | None]]:
@@ -146,7 +170,7 @@ def read_table(path: Path) -> Iterator[tuple[Path, str | None]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parsed(line)
             name = row["file_name"]
             captions = [row[key] for key in ("text", "caption") if key in row]
             text = next((words for words in captions if words is not None), None)
@@ -159,9 +183,12 @@ def read_table(path: Path) -> Iterator[tuple[Path, str | None]]:
                 or Path(name).is_absolute()
             ):
                 raise ValueError(line)
+            os.fsencode(name)
+            if "\0" in name:
+                raise ValueError("a name cannot hold a null")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f'{path}, line {number} is not like {{"file_name": "a.png", "text": "a caption"}} with a name inside '
+                f'{shown(str(path))}, line {number} is not like {{"file_name": "a.png", "text": "a caption"}} with a name inside '
                 "that folder; correct it."
             ) from error
         yield path.parent / name, None if text is None else text.strip()
@@ -185,8 +212,12 @@ def open_source(
     None: that is an error. The columns are those of parquet and `datasets`; caption_column also names the entry of a
     tar's .json. caption_lines, shuffle_tags and keep_tags: several captions of an image, see `Variants`. Raises UserError.
     """
+    if "\0" in str(path):
+        raise UserError(f"There is nothing at {path}: a name cannot hold a null; correct it (--data, data.path).")
     if not str(path).strip():
         raise UserError("The place of the images is empty; write a folder, a file or a dataset's name (--data, data.path).")
+    if fault_of(caption):
+        raise UserError(f"--caption {caption} is no UTF-8 text; write it again.")
     source = _open(str(path), image_column, caption_column, split)
     missing, first = source.uncaptioned()
     if missing and caption is None:
@@ -198,7 +229,7 @@ def open_source(
         )
     source.default = (caption or "").strip()
     if source.left:
-        print(f"reflow: of {path}:{said(source.left)}", file=sys.stderr, flush=True)
+        print(printable(f"reflow: of {path}:{said(source.left)}"), file=sys.stderr, flush=True)
     if caption_lines or shuffle_tags > 1:
         return Variants(source, lines=caption_lines, shuffles=shuffle_tags, keep=keep_tags)
     return source
@@ -239,6 +270,8 @@ def _open(path: str, image_column: str, caption_column: str, split: str) -> Sour
                 f"{path} holds {files[0].name} and loose images such as {loose.name}; give a folder with one kind of "
                 f"them."
             )
+    elif place.exists():
+        raise UserError(f"{path} holds no images: {kind_of(place.stat().st_mode)}; give a folder, a file or a dataset's name on the hub.")
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return Rows(from_hub(path, split), path, image_column, caption_column)
     else:

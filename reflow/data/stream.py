@@ -17,12 +17,14 @@ import torch.distributed as dist
 from reflow.data import buckets
 from reflow.data.encode import Encoder, Picture
 from reflow.data.shapes import Shaped, grouped
+from reflow.data.shards import npy
 from reflow.data.source import Source
 from reflow.data.sources import open_source
 from reflow.data.tars import index_folder
-from reflow.errors import UserError
+from reflow.errors import UserError, printable
 from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
+from reflow.outputs import written
 from reflow.ranks import barrier
 from reflow.recipes.settings import Data
 
@@ -76,6 +78,10 @@ class StreamDataset(Shaped):
         """The captions of items [B] as text."""
         return [self.source.caption(number) for number, _ in self.pictures(items)]
 
+    def own_words(self, items: torch.Tensor) -> list[str]:
+        """The captions of items [B] as text, be their images readable or not."""
+        return [self.source.caption(int(self.numbers[item])) for item in items.tolist()]
+
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
         rows = self.null.select(torch.zeros_like(items))
@@ -126,7 +132,7 @@ class StreamDataset(Shaped):
         self.bad[number] = reason
         name = self.source.key(number)
         print(
-            f"{name} of {self.source.place} cannot be read ({reason}); the next image stands in for it.",
+            printable(f"{name} of {self.source.place} cannot be read ({reason}); the next image stands in for it."),
             file=sys.stderr,
             flush=True,
         )
@@ -173,9 +179,8 @@ def scanned(source: Source, encoder: Encoder) -> np.ndarray:
     found = np.concatenate(list(encoder.pool.map(source.sizes, parts)))
     with contextlib.suppress(OSError):  # without the file they are read again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f".{os.getpid()}-{kept.name}")
-        np.save(temporary, found)
-        os.replace(temporary, kept)
+        with written(kept, shared=True) as temporary, open(temporary, "wb") as file:
+            file.write(npy(found))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from reflow.data.foreign import opened, shown
 from reflow.data.pictures import open_picture
 from reflow.data.source import Source, stamp
 from reflow.errors import UserError
@@ -78,7 +79,7 @@ def chosen(data: Any, split: str, place: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    return textwrap.shorten((str(error).splitlines() or [type(error).__name__])[0], 160, placeholder=" ...")
+    return textwrap.shorten(shown((str(error).splitlines() or [type(error).__name__])[0]), 160, placeholder=" ...")
 
 
 class Rows(Source):
@@ -121,7 +122,17 @@ class Rows(Source):
         return f"row {number} of {self.place}"
 
     def words(self, number: int) -> str | None:
-        return self.captions[number][self.text]
+        try:
+            return self.captions[number][self.text]
+        except UnicodeDecodeError:
+            return ""
+
+    def fault(self, number: int) -> str:
+        try:
+            self.captions[number]
+        except UnicodeDecodeError as error:
+            return f"its caption is no UTF-8 text ({error.reason} at byte {error.start})"
+        return ""
 
     def uncaptioned(self) -> tuple[int, int]:
         if self.captions._indices is None and not self.captions.data.column(self.text).null_count:
@@ -132,7 +143,10 @@ class Rows(Source):
         cell = self.data[number][self.column]
         if cell is None:
             raise ValueError("there is no image")
-        return open_picture(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        if cell["bytes"] is not None:
+            return open_picture(io.BytesIO(cell["bytes"]))
+        opened(Path(cell["path"])).close()  # Pillow, which opens it by name itself, would wait at a pipe
+        return open_picture(cell["path"])
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.data._fingerprint, self.stamps, self.default]).encode()).hexdigest()

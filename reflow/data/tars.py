@@ -9,23 +9,26 @@ import json
 import os
 import posixpath
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
 from PIL import Image
 
+from reflow.data.foreign import fault_of, json_in, opened, shown, text_in
 from reflow.data.pictures import SUFFIXES, open_picture
 from reflow.data.source import Left, Source, said, stamp, why_left
 from reflow.errors import UserError
+from reflow.outputs import written
 
-SCHEMA = pyarrow.schema(
-    [("key", pyarrow.string()), ("offset", pyarrow.int64()), ("size", pyarrow.int64()), ("caption", pyarrow.string())]
-)
+TEXT, NUMBER = pyarrow.string(), pyarrow.int64()
+SCHEMA = pyarrow.schema([("key", TEXT), ("offset", NUMBER), ("size", NUMBER), ("caption", TEXT), ("fault", TEXT)])
 NAMES = ("caption", "text")
+Words = tuple[str | None, str]  # (caption, why it cannot be used)
 LEFT = b"left"  # an index's note of what is no item
-RULES = 2  # of which members are items; another number makes indices anew
+RULES = 3  # of which members are items; another number makes indices anew
 
 
 def index_folder() -> Path:
@@ -69,10 +72,12 @@ class Tars(Source):
             table = read_members(file, self.column)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
-            with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            with (
+                written(kept, shared=True) as temporary,
+                pyarrow.OSFile(str(temporary), "wb") as sink,
+                pyarrow.ipc.new_file(sink, table.schema) as writer,
+            ):
                 writer.write_table(table)
-            os.replace(temporary, kept)
         except OSError:
             pass  # a folder that cannot be written costs reading the members again, nothing else
         return table
@@ -87,17 +92,20 @@ class Tars(Source):
         return self.table.column(column)[number].as_py()
 
     def key(self, number: int) -> str:
-        return f"{self._file(number).name}/{self._cell('key', number)}"
+        return f"{shown(self._file(number).name)}/{self._cell('key', number)}"
 
     def words(self, number: int) -> str | None:
         return self._cell("caption", number)
+
+    def fault(self, number: int) -> str:
+        return self._cell("fault", number)
 
     def uncaptioned(self) -> tuple[int, int]:
         column = self.table.column("caption")
         return column.null_count, column.is_null().index(True).as_py() if column.null_count else 0
 
     def open(self, number: int) -> Image.Image:
-        with self._file(number).open("rb") as stream:
+        with opened(self._file(number)) as stream:
             stream.seek(self._cell("offset", number))
             return open_picture(io.BytesIO(stream.read(self._cell("size", number))))
 
@@ -114,10 +122,11 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
     own with the key `22.05` where that has a caption or where the key `22` has no image; else (`a.seg.png` beside
     `a.png`) it is left out.
     """
-    left, images, words, dotted, end = Left(), {}, {}, {}, 0
+    left, images, dotted, end = Left(), {}, {}, 0
+    words: dict[str, dict[str, Words]] = {}
     try:
-        with tarfile.open(file, "r:") as tar:
-            members = [member for member in tar if not member.isdir()]
+        with opened(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            members = [member for member in forwards(tar) if not member.isdir()]
             end = max((m.offset_data + -(-m.size // 512) * 512 for m in members if m.isfile()), default=0)
             contents = {posixpath.normpath(m.name): m for m in members if m.isfile()}
             for member in members:
@@ -129,6 +138,9 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
                 if content is None:
                     left.note(member.name, "a link out of the tar" if member.islnk() or member.issym() else "no file")
                     continue
+                if content.issparse():
+                    left.note(member.name, "a sparse file: its bytes do not lie in one piece")
+                    continue
                 _, dot, kind = name.partition(".")
                 whole, suffix = posixpath.splitext(member.name)
                 place = (member.name, content.offset_data, content.size)
@@ -137,12 +149,15 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
                 elif suffix.lower() in SUFFIXES:
                     add(dotted, whole, place, file)
                 elif suffix.lower() in (".txt", ".json"):
-                    text = text_of(tar.extractfile(content).read(), file, member.name)
-                    words.setdefault(whole, {})[suffix.lower()[1:]] = text
+                    kinds, kind = words.setdefault(whole, {}), suffix.lower()[1:]
+                    if kind in kinds:
+                        left.note(member.name, "a further text of one key: the last one counts")
+                    kinds[kind] = words_in(tar.extractfile(content), kind, caption_column, member.name)
                 else:
                     left.note(member.name, why_left(name))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"The tar {file} is cut short or damaged ({error}); copy it again, or take it away.") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        why = shown(str(error) or type(error).__name__)
+        raise UserError(f"The tar {file} is cut short or damaged ({why}); copy it again, or take it away.") from error
     if file.stat().st_size < end + 512:  # a whole tar ends in a block of zeros
         raise UserError(f"The tar {file} is cut short: its end is missing; copy it again, or take it away.")
     for key, place in dotted.items():
@@ -158,9 +173,17 @@ def read_members(file: Path, caption_column: str) -> pyarrow.Table:
         if key not in used:
             left.note(f"{key}.{min(kinds)}", why_left(".txt"))
     ordered = sorted(images.items(), key=lambda item: item[1][1])
-    rows = [(*place, caption_of(words.get(key, {}), caption_column, file, key)) for key, place in ordered]
+    rows = [(shown(name), *place, *caption_of(words.get(key, {}), caption_column)) for key, (name, *place) in ordered]
     schema = SCHEMA.with_metadata({LEFT: json.dumps(left)})
     return pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=schema)
+
+
+def forwards(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar. Raises ReadError for one of a negative size, which would lead back to an earlier one for ever."""
+    for member in tar:
+        if member.size < 0:
+            raise tarfile.ReadError(f"{shown(member.name)} has a negative size")
+        yield member
 
 
 def key_of(path: str) -> str:
@@ -183,29 +206,30 @@ def target(member: tarfile.TarInfo, contents: dict[str, tarfile.TarInfo]) -> tar
 def add(images: dict[str, tuple[str, int, int]], key: str, place: tuple[str, int, int], file: Path) -> None:
     if key in images:
         raise UserError(
-            f"{file} holds two images called {key} ({images[key][0]} and {place[0]}); give each a name of its own."
+            f"{file} holds two images called {shown(key)} ({shown(images[key][0])} and {shown(place[0])}); give each a name of "
+            "its own."
         )
     images[key] = place
 
 
-def text_of(content: bytes, file: Path, member: str) -> str:
+def words_in(stream: IO[bytes], kind: str, column: str, name: str) -> Words:
+    """The caption of one .txt or .json member, and why it cannot be used. Only the caption is kept of a .json."""
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{member} in {file} is no UTF-8 text ({error}); write it again.") from error
-
-
-def caption_of(words: dict[str, str], column: str, file: Path, key: str) -> str | None:
-    """The caption among a key's .txt and .json; None where there is none."""
-    if "txt" in words and not column:
-        return words["txt"]
-    if "json" not in words:
-        return None
-    try:
-        row = json.loads(words["json"])
-        found = next((row[name] for name in ([column] if column else NAMES) if row.get(name) is not None), None)
+        if kind == "txt":
+            return text_in(stream), ""
+        row = json_in(stream)
+        if not isinstance(row, dict):
+            raise ValueError("it is no object with names")
+        found = next((row[key] for key in ([column] if column else NAMES) if row.get(key) is not None), None)
         if found is not None and not isinstance(found, str):
-            raise ValueError("the caption is no text")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{key}.json in {file} cannot be read ({error}); correct it.") from error
-    return found
+            raise ValueError("the caption in it is no text")
+    except ValueError as error:
+        return None, shown(f"its caption {posixpath.basename(name)} cannot be read: {error}")
+    fault = fault_of(found)
+    return ("" if fault else found), fault
+
+
+def caption_of(words: dict[str, Words], column: str) -> tuple[str | None, str]:
+    """The caption among a key's .txt and .json, None where there is none; and why it cannot be used."""
+    text, fault = words.get("txt" if "txt" in words and not column else "json", (None, ""))
+    return ("" if fault else text), fault

@@ -42,6 +42,9 @@ class Variants(Source):
     def words(self, number: int) -> str | None:
         return self.items[number][2]
 
+    def fault(self, number: int) -> str:
+        return self.source.fault(self.items[number][0])
+
     def open(self, number: int) -> Image.Image:
         return self.source.open(self.items[number][0])
 

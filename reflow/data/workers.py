@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reflow.errors import UserError
+from reflow.outputs import of_the_system, sentence
 
 Loader = Callable[[str], Any]  # device -> base
 
@@ -103,5 +104,9 @@ def other(work: Any, tasks: list[Any], number: int, threads: int, loader: Loader
         events.put(("error", str(error)))
     except KeyboardInterrupt:
         pass
-    except Exception:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the first process must hear of it
+        system = of_the_system(error)
+        if system is not None:
+            events.put(("error", sentence(system)))
+            return
         events.put(("error", f"Worker {number + 1} failed: {traceback.format_exc()}"))
