@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,49 +15,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from reflow.errors import UserError
-from reflow.training import shards
+from reflow.outputs import of_the_system, write_text, written
+from reflow.training import shards, stored
 from reflow.training.ema import Ema
 from reflow.training.engine import Engine
+from reflow.training.stored import State
+from reflow.weights import sums
 from reflow.weights.files import save_tensors
-from reflow.weights.runs import checkpoint_name
+from reflow.weights.runs import checkpoint_name, checkpoint_place
 
-LATEST = "latest"
-
-
-def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    with open(temporary) as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+T = TypeVar("T")
 
 
-def save_weights(state: dict[str, torch.Tensor], path: pathlib.Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that appears whole or not at all."""
+def save_weights(state: dict[str, torch.Tensor], path: pathlib.Path, metadata: dict[str, str]) -> str:
+    """A safetensors file that appears whole or not at all, with checksums of what is in it. Returns their digest; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_tensors({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
-        with open(temporary) as handle:
-            os.fsync(handle.fileno())  # network file systems say only now that they are full
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    ready = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    metadata = sums.with_sums(ready, metadata)
+    with written(path) as temporary:
+        save_tensors(ready, temporary, metadata)
+    return sums.digest(metadata)
 
 
-def together(what: str, advice: str, action: Callable[[], None]) -> None:
-    """Write on every rank that has to. A file that one of them cannot write ends all of them with the same sentence."""
-    said: list[str | None] = [None] * dist.get_world_size()
+def together(what: str, advice: str, action: Callable[[], T]) -> list[T]:
+    """Write on every rank that has to. A file that one of them cannot write ends all of them with the same sentence. What each returned."""
+    said: list[Any] = [None] * dist.get_world_size()
     try:
-        action()
-        mine = None
+        mine: tuple[T | None, str | None] = action(), None
     except (OSError, SafetensorError) as error:
-        mine = f"rank {dist.get_rank()}: {error}"
+        system = of_the_system(error)
+        mine = None, f"rank {dist.get_rank()}: {(system and system.strerror) or error}"
     dist.all_gather_object(said, mine)
-    failed = [text for text in said if text]
+    failed = [text for _, text in said if text]
     if failed:
         raise UserError(f"{what} could not be written ({'; '.join(failed)}). {advice}")
+    return [result for result, _ in said]
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """What rank 0 finds, on all ranks, which on a network folder may see different things. Its UserError is raised on all of them."""
+    said: list[Any] = [None] * dist.get_world_size()
+    mine: tuple[T | None, str | None] = None, None
+    if dist.get_rank() == 0:
+        try:
+            mine = action(), None
+        except UserError as error:
+            mine = None, str(error)
+        except OSError as error:
+            mine = None, f"{error}; look at that place, then give the same command again."
+    dist.all_gather_object(said, mine)
+    if said[0][1] is not None:
+        raise UserError(said[0][1])
+    return said[0][0]
 
 
 class Checkpoints:
@@ -67,87 +76,112 @@ class Checkpoints:
         self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
 
     def latest(self) -> pathlib.Path | None:
-        """The newest checkpoint, or None before the first. Raises UserError where `latest` names a damaged one."""
-        pointer = self.folder / LATEST
-        if not pointer.exists():
-            return None
-        path = self.folder / pointer.read_text().strip()
-        if not whole(path):
-            others = sorted(p.name for p in self.folder.glob("stage-*") if whole(p) and p != path)
-            raise UserError(f"{pointer} names '{path.name}', which is missing or not whole; write the name of another checkpoint into that "
-                            f"file ({', '.join(others) or 'there is none: remove the folder ' + str(self.folder) + ' to start over'}).")
-        return path
+        """The newest checkpoint, or None before the first. Raises UserError where that one is damaged, naming others."""
+        return by_first(lambda: stored.newest(self.folder))
+
+    def last_good(self) -> str:
+        """The newest checkpoint in words, for a sentence about something else."""
+        try:
+            return str(self.latest() or "none")
+        except UserError:
+            return f"none that {self.folder / stored.LATEST} names"
 
     def save(self, engine: Engine, ema: Ema, telemetry: dict[str, torch.Tensor], stage: int, step: int, samples: int) -> pathlib.Path:
         """Write stage-<number, from 1>-<samples> for stage `stage` (from 0); the folder gets its name, and `latest` its new content, after every rank has finished."""
         rank, tag = dist.get_rank(), checkpoint_name(self.run_dir, stage, samples)
-        before = (self.folder / LATEST).read_text() if (self.folder / LATEST).exists() else "the start"
-        working, final = self.folder / f".{tag}.tmp", self.folder / tag
+        final = self.folder / tag
+        working = stored.working(final)
         contents = engine.contents()
         needed = sum(t.nbytes for t in (contents or {}).values()) * (dist.get_world_size() if engine.stage else 1)
         size = (needed + 4 * sum(s.numel() for s in engine.shapes.values())) / 1e9
+        what = f"The checkpoint {final}"
         advice = (f"Make room under {self.folder} (a checkpoint takes about {size:.2g} GB, checkpoint.keep = {self.keep} stay) and run the "
-                  f"same command: it goes on from {before}.")
+                  f"same command: it goes on from {by_first(lambda: stored.named(self.folder)) or 'the start'}.")
 
         def begin() -> None:
+            if not (self.run_dir / "recipe.toml").exists():  # not made anew: it may be a network folder that went away
+                raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(self.run_dir))
             for old in self.folder.glob(".stage-*.tmp"):
                 shutil.rmtree(old, ignore_errors=True)
             working.mkdir(parents=True)
 
-        def write() -> None:
+        def write() -> dict[str, str]:
+            said = {}
             if contents is not None:
-                save_weights(contents, shards.file_of(working, rank), shards.describe(engine.pieces))
-            save_weights(telemetry, working / f"telemetry-{rank}.safetensors", {})
+                said[stored.shard_name(rank)] = save_weights(contents, shards.file_of(working, rank), shards.describe(engine.pieces))
+            said[stored.telemetry_name(rank)] = save_weights(telemetry, working / stored.telemetry_name(rank), {})
+            return said
 
-        def finish(averages: dict[str, torch.Tensor]) -> None:
-            save_weights(averages, working / "ema.safetensors", {})
-            state = {"stage": stage, "step": step, "samples": samples, "ranks": dist.get_world_size(),
-                     "shards": dist.get_world_size() if engine.stage else 1, "zero_stage": engine.stage}
-            write_atomic(working / "state.json", json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
+        def finish(averages: dict[str, torch.Tensor], files: dict[str, str]) -> None:
+            files[stored.AVERAGES] = save_weights(averages, working / stored.AVERAGES, {})
+            state = State.model_construct(stage=stage, step=step, samples=samples, ranks=dist.get_world_size(), zero_stage=engine.stage,
+                                          shards=dist.get_world_size() if engine.stage else 1, files=files)
+            write_text(working / stored.STATE, state.text())
+            shutil.rmtree(final, ignore_errors=True)  # a kill here leaves `latest` with the whole working folder, see stored.newest
             os.replace(working, final)
-            write_atomic(self.folder / LATEST, tag)
-            self._prune()
+            write_text(self.folder / stored.LATEST, tag)
+            stored.prune(self.folder, tag, self.keep)
 
         try:
-            together(f"The checkpoint {final}", advice, begin if rank == 0 else lambda: None)
-            together(f"The checkpoint {final}", advice, write)
+            together(what, advice, begin if rank == 0 else lambda: None)
+            files = {name: told for said in together(what, advice, write) for name, told in said.items()}
             averages = engine.state(ema.average)
-            together(f"The checkpoint {final}", advice, (lambda: finish(averages)) if rank == 0 else lambda: None)
+            together(what, advice, (lambda: finish(averages, files)) if rank == 0 else lambda: None)
         except UserError:
             if rank == 0:
                 shutil.rmtree(working, ignore_errors=True)
             raise
         return final
 
-    def _prune(self) -> None:
-        found = sorted((p for p in self.folder.glob("stage-*") if p.is_dir()),
-                       key=lambda p: tuple(int(x) for x in p.name.split("-")[1:]))
-        for old in found[:-self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def load(self, path: pathlib.Path, engine: Engine, ema: Ema) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def load(self, path: pathlib.Path, engine: Engine, ema: Ema,
+             telemetry: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Put the engine and the EMA where the checkpoint was, whatever wrote it. Returns its state (with 'how', see Engine.load) and what
-        this rank's telemetry starts from: its own on as many ranks as before, else all of it on rank 0."""
-        state = json.loads((path / "state.json").read_text())
+        this rank's telemetry, which looks like `telemetry`, starts from: its own on as many ranks as before, else all of it on rank 0.
+
+        Every byte is verified before anything is set. Raises UserError that names what is damaged, and another checkpoint.
+        """
+        state = self._agreed(path, lambda: self._verified(path))
+        engine_state = self._agreed(path, lambda: shards.Shards(path, state.shards))
+        averages = self._agreed(path, lambda: load_file(path / stored.AVERAGES))
+        told = self._agreed(path, lambda: [like(telemetry, path / stored.telemetry_name(rank)) for rank in range(state.ranks)])
+        wrong = next((n for n, shape in engine.shapes.items() if n not in averages or averages[n].shape != shape), None)
+        if wrong is not None:
+            raise UserError(f"The checkpoint {path} holds no average of {wrong} as this run trains it; it was made with another network or other "
+                            f"trainable weights. Start with the recipe it was made with.")
+        how = engine.load(engine_state)
+        engine.scatter(averages, ema.average)
+        mine = told[dist.get_rank()] if state.ranks == dist.get_world_size() else share(told)
+        return {**state.model_dump(include={"stage", "step", "samples", "ranks", "zero_stage"}), "how": how}, mine
+
+    def _verified(self, path: pathlib.Path) -> State:
+        """The state of a checkpoint of whose files this rank has read its share, byte by byte. Raises ValueError."""
+        state = stored.read(path)
+        if (state.stage, state.samples) != checkpoint_place(path):
+            raise ValueError(f"{stored.STATE}: it tells of stage {state.stage + 1} after {state.samples} samples")
+        stored.verify(path, state, dist.get_rank(), dist.get_world_size())
+        return state
+
+    def _agreed(self, path: pathlib.Path, action: Callable[[], T]) -> T:
+        """What this rank finds in a checkpoint. Where one of them cannot read it all end with the same sentence."""
+        said: list[Any] = [None] * dist.get_world_size()
+        result, mine = None, None
         try:
-            state["how"] = engine.load(path)
-            engine.scatter(load_file(str(path / "ema.safetensors")), ema.average)
-            told = [load_file(str(path / f"telemetry-{rank}.safetensors")) for rank in range(state["ranks"])]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"The checkpoint {path} is damaged ({error}); remove that folder and write the name of the one before it into "
-                            f"{self.folder / LATEST}.") from error
-        return state, told[dist.get_rank()] if state["ranks"] == dist.get_world_size() else share(told)
+            result = action()
+        except stored.BROKEN as error:
+            mine = str(error)
+        dist.all_gather_object(said, mine)
+        wrong = next((text for text in said if text), None)
+        if wrong is not None:
+            raise UserError(f"The checkpoint {path} is damaged ({wrong}); {by_first(lambda: stored.cure(self.folder, path))}.")
+        return result
 
 
-def whole(path: pathlib.Path) -> bool:
-    """Whether a folder holds all the files of a checkpoint."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    ranks = range(state.get("shards", 1))
-    return (path / "ema.safetensors").is_file() and all(shards.file_of(path, rank).is_file() for rank in ranks)
+def like(wanted: dict[str, torch.Tensor], file: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The file's tensors, where they are of the wanted names, shapes and dtypes. Raises ValueError elsewhere."""
+    state = load_file(file)
+    if {k: (t.shape, t.dtype) for k, t in state.items()} != {k: (t.shape, t.dtype) for k, t in wanted.items()}:
+        raise ValueError(f"{file.name}: it holds other sums than this run's windows need")
+    return state
 
 
 def share(told: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

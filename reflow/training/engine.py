@@ -65,10 +65,22 @@ def init_distributed() -> torch.device:
     if not dist.is_initialized():
         if alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        except (RuntimeError, ValueError) as error:  # torch's own kinds of a failed meeting are RuntimeErrors
+            raise UserError(meeting(error)) from error
         if cuda:
             settle(torch.device("cuda", torch.cuda.current_device()))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def meeting(error: Exception) -> str:
+    """Why the ranks could not meet, as a sentence."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    cure = ("another process listens on that port; give the launcher another one (deepspeed --master_port 29501 ...)" if "EADDRINUSE" in why or
+            "in use" in why else "start all ranks with the same address and port, which each of them can reach (deepspeed --master_addr, --master_port)")
+    return f"Rank {os.environ.get('RANK')} cannot meet the others at {place}: {cure}. What torch says: {why}"
 
 
 def settle(device: torch.device) -> None:
@@ -258,10 +270,9 @@ class Engine:
         """What this rank puts into a checkpoint: masters and optimizer states by name. None where another rank holds the same."""
         return None if self.stage == 0 and dist.get_rank() else shards.collect(self.masters, self._states())
 
-    def load(self, folder: pathlib.Path) -> str:
-        """Read a checkpoint of any number of ranks and any ZeRO stage. Returns how: 'same layout' (equal to the bit), 'other layout'
+    def load(self, stored: Shards) -> str:
+        """Take over the shards of any number of ranks and any ZeRO stage. Returns how: 'same layout' (equal to the bit), 'other layout'
         (masters and fp32 moments equal), 'other layout, 8-bit moments rounded again'. Raises UserError where the networks differ."""
-        stored = Shards(folder)
         self._allocate()
         shard = 0 if self.stage == 0 else dist.get_rank()
         with torch.no_grad():
@@ -287,17 +298,17 @@ class Engine:
             groups[0]["params"], master.grad = [master], torch.zeros_like(master)
             self.base.step()
             master.grad = None
-        for group, params in zip(groups, kept[0]):
+        for group, params in zip(groups, kept[0], strict=True):
             group["params"] = params
-        for master, gradient in zip(self.masters, kept[1]):
+        for master, gradient in zip(self.masters, kept[1], strict=True):
             master.grad = gradient
 
     def _refresh(self) -> None:
         """Give the network the weights that its masters have. All ranks call it."""
         optimizer = self.optimizer
         if self.stage == 0 and hasattr(optimizer, "fp32_groups"):
-            for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups):
-                for half, master in zip(halves, masters):
+            for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for half, master in zip(halves, masters, strict=True):
                     half.data.copy_(master.data)
         elif self.stage in (1, 2):
             optimizer.update_lp_params()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable
 
@@ -26,56 +24,23 @@ from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
 from reflow.training.pairs import PairStore, reuse
 from reflow.training.progress import Progress, Rate, say
-from reflow.training.solves import Solved, Solver
+from reflow.training.signals import LEFT_EARLY, Signals
+from reflow.training.solves import Solved, Solver, usable
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
 from reflow.weights.delta import student_metadata
 from reflow.weights.runs import checkpoint_place, stage_folder
-
-LEFT_EARLY = 75  # EX_TEMPFAIL: the same command goes on
 
 
 class Leave(Exception):
     """A signal asked the run to write a checkpoint and leave."""
 
 
-class Signals:
-    """SIGTERM, SIGUSR1 and a first SIGINT, agreed between the ranks over a CPU group so that all of them leave after the same step."""
-
-    def __init__(self, minutes: float) -> None:
-        self.asked, self.minutes, self.saved_at = False, minutes, time.monotonic()
-        self.group = dist.new_group(backend="gloo")
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._ask)
-        self.before = signal.getsignal(signal.SIGINT)
-        if self.before != signal.SIG_IGN:  # a job in a script's background is not meant by its Ctrl-C
-            signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, number: int, _: object) -> None:
-        self.asked = True
-        if number == signal.SIGINT:
-            # The system's handler, not Python's: a second Ctrl-C ends a rank that waits in a collective too.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if dist.get_rank() == 0:  # by os.write, since print may be what was interrupted
-                os.write(2, b"\nInterrupted: leaving with a checkpoint after this step; Ctrl-C again leaves at once, without one.\n")
-
-    def end(self) -> None:
-        """The run is over: Ctrl-C is the caller's again."""
-        signal.signal(signal.SIGINT, self.before)
-
-    def agree(self) -> tuple[bool, bool]:
-        """(leave, a checkpoint is due by the clock): the same answer on every rank."""
-        due = bool(self.minutes) and dist.get_rank() == 0 and time.monotonic() - self.saved_at > 60 * self.minutes
-        flags = torch.tensor([int(self.asked), int(due)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flags[0]), bool(flags[1])
-
-
 class Loop:
     """One run of a recipe on this rank. `run` goes through all stages and returns an exit code."""
 
     def __init__(self, recipe: Recipe, run_dir: pathlib.Path, base: Base, data: LatentDataset, device: torch.device,
-                 make_unet: Callable[[], torch.nn.Module]) -> None:
+                 make_unet: Callable[[], torch.nn.Module], signals: Signals) -> None:
         self.recipe, self.run_dir, self.base, self.data, self.device = recipe, run_dir, base, data, device
         train, world = recipe.train, dist.get_world_size()
         self.rank, self.world = dist.get_rank(), world
@@ -92,7 +57,7 @@ class Loop:
         self.dtype = networks.trained_dtype(recipe)
         self.networks = networks.build(recipe, run_dir, base, device, make_unet)
         self.checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep)
-        self.signals = Signals(recipe.checkpoint.minutes)
+        self.signals = signals
 
     def run(self) -> int:
         latest = self.checkpoints.latest()
@@ -113,7 +78,6 @@ class Loop:
             return LEFT_EARLY
         finally:
             self.log.close()
-            self.signals.end()
         return 0
 
     def steps_of(self, stage: int) -> int:
@@ -138,7 +102,7 @@ class Loop:
         step, pace = 0, Rate()
         if resume is not None:
             say(f"stage {index + 1}: reading the checkpoint {resume}")
-            state, saved = self.checkpoints.load(resume, engine, ema)
+            state, saved = self.checkpoints.load(resume, engine, ema, meter.state_dict())
             meter.load_state_dict(saved)
             step = state["step"]
             if state["how"] != "same layout":
@@ -224,7 +188,7 @@ class Loop:
             copies = torch.arange(len(good), device=self.device).repeat(chords)
             conditioning = solved.conditioning.select(copies).to(self.device, self.dtype)
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
-            good = good[copies] & torch.isfinite(output.detach()).flatten(1).all(1)
+            good = good[copies] & usable(output.detach())
             output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
             result = targets.loss(output, points, table, recipe.objective, weight=good.float(),
                                   kind=recipe.stage_value(flow.index, "objective", "loss"),
@@ -239,11 +203,10 @@ class Loop:
         limit = self.recipe.train.max_nonfinite
         if excluded <= limit and math.isfinite(record["loss"]):
             return
-        latest = self.checkpoints.latest()
         first = record["bad_step"] * self.recipe.train.batch_size
         raise UserError(f"The loss is not finite in stage {stage + 1}, step {record['bad_step']} (samples {first} to "
                         f"{first + self.recipe.train.batch_size - 1}): {excluded} samples so far, train.max_nonfinite allows {limit}. "
-                        f"{'The last good checkpoint is ' + str(latest) if latest else 'There is no checkpoint yet'}; lower "
+                        f"The last good checkpoint is {self.checkpoints.last_good()}; lower "
                         f"train.learning_rate or look at those samples.")
 
     def stop_if_skipped(self, skipped: list[int], excluded: int, stage: int, steps: int | None) -> None:
@@ -252,7 +215,7 @@ class Loop:
         if skipped and (excluded + len(skipped) * batch > limit or len(skipped) == steps):
             raise UserError(f"The gradient is not finite in {len(skipped)} steps of stage {stage + 1}, the first is step {skipped[0]} (samples "
                             f"{skipped[0] * batch} to {skipped[0] * batch + batch - 1}); they were not taken, and train.max_nonfinite allows {limit} "
-                            f"samples. The last good checkpoint is {self.checkpoints.latest() or 'none'}; lower train.learning_rate or "
+                            f"samples. The last good checkpoint is {self.checkpoints.last_good()}; lower train.learning_rate or "
                             f"train.clip, or look at those samples.")
 
     def refuse_damaged(self, engine: Engine, ema: Ema, stage: int, step: int) -> None:
@@ -262,7 +225,7 @@ class Loop:
         dist.all_reduce(damaged, op=dist.ReduceOp.MAX)
         if damaged:
             raise UserError(f"The student's weights, their average or the optimizer's moments are not finite after step {step} of stage {stage + 1} "
-                            f"and were not saved; the last good checkpoint is {self.checkpoints.latest() or 'none'}. Lower train.learning_rate or train.clip.")
+                            f"and were not saved; the last good checkpoint is {self.checkpoints.last_good()}. Lower train.learning_rate or train.clip.")
 
 
 def crossed(done: int, every: int, batch: int) -> bool:

@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from reflow.errors import UserError
 from reflow.models.family import Base
 from reflow.models.lora import AVERAGE, STUDENT, TEACHER, Adapters, Student, View
-from reflow.models.parts import need_finite
 from reflow.models.switches import prepare
 from reflow.recipes.settings import Recipe
-from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, student_state
+from reflow.weights.lora import LORA_FILE, WHOLE_FILE, adapter_state, is_lora, lora_state, read_lora, student_state
 from reflow.weights.runs import stage_folder
 
 
@@ -67,7 +65,6 @@ class Whole:
         state = self.base.unet.state_dict()
         if weights is not None:
             state = student_state(state, weights)
-            need_finite(state.items(), str(weights))
         unet.load_state_dict(state)
         return unet.to(self.device, torch.float32)
 
@@ -118,9 +115,7 @@ class Lora(Whole):
         if not is_lora(path):
             raise UserError(f"{path} holds no LoRA weights, and with model.lora_rank = {self.adapters.rank} the student is a "
                             f"LoRA on the base; give the lora_ema.safetensors of a run, or write lora_rank = 0.")
-        state = load_file(str(path))
-        need_finite(state.items(), str(path))
-        return adapter_state(state, self.adapters.scale)
+        return adapter_state(read_lora(path), self.adapters.scale)
 
     def teacher(self, stage: int) -> View:
         if self.recipe.stages[stage].teacher == "root":

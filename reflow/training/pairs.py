@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from reflow.data import sampler
-from reflow.errors import UserError
-from reflow.outputs import others
+from reflow.errors import UserError, quote, short
+from reflow.outputs import others, write_text
 from reflow.ranks import barrier
-from reflow.training.checkpoint import save_weights, write_atomic
+from reflow.training.checkpoint import save_weights
 from reflow.training.solves import Solved, Solver
+from reflow.weights import guard
 
 CHUNK = 512
+MOST = 10**9  # pairs of a store
 MANIFEST = "pairs.json"
 TENSORS = ("z_start", "z_end", "item", "dropped", "window")
 
@@ -115,14 +116,29 @@ class PairStore:
         self.parts = []
         for c, rows in enumerate(self.chunks):
             try:
-                part = load_file(str(self.path(c)))
-                if set(part) != set(TENSORS) or len(part["z_end"]) != len(rows):
-                    raise ValueError(f"it holds {len(part['z_end'])} pairs instead of {len(rows)}")
+                part = guard.load(self.path(c))[0]
+                self._check(part, len(rows))
             except Exception as error:
-                raise UserError(f"The stored pairs in {self.path(c)} cannot be used ({error}); remove that file, and the command that wrote "
-                                f"it solves them again.") from error
+                raise UserError(f"The stored pairs in {self.path(c)} cannot be used ({guard.reason_of(error)}); remove that file, and the command "
+                                f"that wrote it solves them again.") from error
             self.parts.append(part)
         return self
+
+    def _check(self, part: dict[str, torch.Tensor], count: int) -> None:
+        """Raises ValueError for a chunk that holds other than `count` pairs of these data and this stage. Latents are looked at when used."""
+        items, latent = len(self.solver.data), tuple(self.solver.data.groups[0].shape)
+        wanted = {"z_start": (torch.float32, latent), "z_end": (torch.float32, latent), "item": (torch.int64, ()), "window": (torch.int64, ()),
+                  "dropped": (torch.bool, ())}
+        if set(part) != set(TENSORS):
+            raise ValueError(f"it holds {short(', '.join(sorted(part)))} and not {', '.join(TENSORS)}")
+        if len(part["z_end"].shape) and len(part["z_end"]) != count:
+            raise ValueError(f"it holds {len(part['z_end'])} pairs instead of {count}")
+        for name, (dtype, shape) in wanted.items():
+            if part[name].dtype != dtype or tuple(part[name].shape) != (count, *shape):
+                raise ValueError(f"its {name} is {part[name].dtype} {list(part[name].shape)} and not {dtype} {[count, *shape]}")
+        for name, most in (("item", items), ("window", len(self.solver.flow.stage.edges) - 1)):
+            if int(part[name].min()) < 0 or int(part[name].max()) >= most:
+                raise ValueError(f"its {name} has a number outside 0 to {most - 1}")
 
     def rows(self, name: str, pairs: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] of one tensor for pair numbers [B], on the CPU."""
@@ -152,7 +168,7 @@ def create(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
         raise UserError(f"--out {folder} is not empty and holds no stored pairs; give a new folder.")
     elif dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(manifest, json.dumps(told, indent=1))
+        write_text(manifest, json.dumps(told, indent=1))
     barrier()
     return PairStore(folder, solver, count)
 
@@ -178,17 +194,22 @@ def reuse(folder: pathlib.Path, solver: Solver, count: int) -> PairStore:
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is no folder of stored pairs: {folder / MANIFEST} is missing or not readable. Write the --out of "
                         f"`reflow prepare --pairs`.") from error
+    said = made if isinstance(made, dict) else {}
+    if not isinstance(said.get("settings"), dict) or type(said.get("pairs")) is not int or not 0 < said["pairs"] <= MOST:
+        raise UserError(f"{folder / MANIFEST} is damaged: it does not say how many pairs of which settings are there. Solve them again with "
+                        f"`reflow prepare --pairs` and another --out.")
+    return made
 
 
 def differences(made: dict[str, Any], told: dict[str, Any]) -> list[str]:
     """Settings that differ, as 'name: there -> here'."""
     a, b = ({**{k: v for k, v in d.items() if k != "settings"}, **d["settings"]} for d in (made, told))
-    return [f"{k}: {_short(a.get(k))} -> {_short(b.get(k))}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]
+    return [f"{short(k)}: {_short(a.get(k))} -> {_short(b.get(k))}" for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]
 
 
 def _short(value: Any) -> str:
-    return value[:8] if isinstance(value, str) and len(value) == 64 else repr(value)
+    return value[:8] if isinstance(value, str) and len(value) == 64 else quote(value)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from reflow.outputs import written
 from reflow.sampling.pictures import KEY
 
 SIDE = 96  # pixels that a small image is enlarged to, so that its prompt fits above it
@@ -58,4 +59,5 @@ def save(picture: np.ndarray, path: pathlib.Path, note: Mapping[str, Any]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(dict(note)))
-    Image.fromarray(picture).save(path, format="PNG", pnginfo=info)
+    with written(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=info)

@@ -100,7 +100,7 @@ def listed(parts: dict[str, int]) -> str:
 
 
 def disk(recipe: Recipe, counts: Counts, latent: tuple[int, int, int]) -> dict[str, int]:
-    """Bytes of a run directory by part, but for logs and pictures: `checkpoint.keep` checkpoints and the one being written, each stage's
+    """Bytes of a run directory by part, but for logs, pictures and the headers of files: `checkpoint.keep` checkpoints and the one being written, each stage's
     averaged weights in fp32, and the pairs that stages store. Any number of ranks writes the same."""
     states = counts.trained * (4 + state_bytes(recipe.train.optimizer) + 4)  # masters, moments and the EMA
     pair = 2 * 4 * latent[0] * latent[1] * latent[2] + 17  # both ends in fp32; item, dropped and window
@@ -154,7 +154,7 @@ def downloaded(name: str) -> Path | None:
 
     try:
         return Path(DiffusionPipeline.download(name, local_files_only=True))
-    except Exception:
+    except Exception:  # noqa: BLE001 - not on this machine, whatever the hub's client raises
         return None
 
 
@@ -238,7 +238,7 @@ def memory(recipe: Recipe, counts: Counts, ranks: int) -> dict[str, int]:
     parts = {"weights": size * weight // share[2], "gradients": size * weight // share[1], "step": size * 4 // share[0] if bf16 else 0,
              "masters": size * masters // share[0], "optimizer": int(size * state_bytes(train.optimizer)) // share[0], "EMA": size * 4 // share[0]}
     if train.offload:
-        parts |= {name: 0 for name in ("step", "masters", "optimizer", "EMA")}
+        parts |= dict.fromkeys(("step", "masters", "optimizer", "EMA"), 0)
     # A LoRA's base is its teacher; beside it stand the adapters of a previous stage and of the average that is looked at.
     named = {"base and teacher": frozen, "other adapters": size * 8} if lora else {"teacher": 0 if getattr(teacher, "offload", False) else frozen}
     return parts | named

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-
 BEGAN = time.monotonic()
 
 

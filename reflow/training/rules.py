@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reflow.errors import UserError
+from reflow.outputs import write_text
 from reflow.recipes.settings import Recipe
-from reflow.training.checkpoint import write_atomic
 
 FILE = "rules.json"
 
@@ -48,4 +48,4 @@ def changed(run_dir: pathlib.Path, recipe: Recipe) -> list[str]:
 
 def write(run_dir: pathlib.Path) -> None:
     """Keep the versions of this code's rules in a run directory."""
-    write_atomic(run_dir / FILE, json.dumps({rule.name: rule.version for rule in RULES}))
+    write_text(run_dir / FILE, json.dumps({rule.name: rule.version for rule in RULES}))

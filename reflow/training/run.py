@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import socket
@@ -11,7 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from reflow.recipes import reading
+import reflow
+import reflow_kernels
 from reflow.data.cache import CachedDataset
 from reflow.data.joined import Joined
 from reflow.data.latents import LatentDataset, encode_digits
@@ -22,13 +24,13 @@ from reflow.flow import DiscreteVP
 from reflow.locks import alone
 from reflow.models import registry
 from reflow.models.family import Base
-from reflow.models.parts import need_finite
-from reflow.outputs import others
-from reflow.ranks import barrier
+from reflow.outputs import others, write_text
+from reflow.ranks import barrier, need_equal
+from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
-from reflow.training import engine, loop, networks, rules, stages
-from reflow.training.checkpoint import write_atomic
+from reflow.training import engine, loop, networks, pulse, rules, stages
 from reflow.training.progress import say
+from reflow.training.signals import Signals
 from reflow_kernels import backend_report
 
 
@@ -117,7 +119,7 @@ def wait_until_shared(run_dir: pathlib.Path, patience: float = 60.0) -> None:
 
 
 def load_base(recipe: Recipe, device: torch.device) -> Base:
-    """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied. UserError for weights that are not finite.
+    """The recipe's base in fp32, its UNet on the CPU, from where students and teachers are copied.
 
     The UNet of a LoRA recipe, which is never trained itself, comes at once in the teacher's precision.
     """
@@ -125,9 +127,20 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     base = family.load(registry.base_path(recipe.model), device=device, parts=("vae", "text"))
     dtype = networks.solver_dtype(recipe) if recipe.model.lora_rank else torch.float32
     base.unet = family.load(registry.base_path(recipe.model), device="cpu", dtype=dtype, parts=("unet",)).unet
-    for name, network in (("UNet", base.unet), ("VAE", base.vae), *(("text encoder", encoder) for encoder in base.text_encoders)):
-        need_finite(network.named_parameters(), f"the {name} of {recipe.model.base}")
     return base
+
+
+def told_of(recipe: Recipe, base: Base, data: Shaped) -> dict[str, str]:
+    """What must be equal on all ranks, by name."""
+    def short(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()[:12]
+
+    code = [path for package in (reflow, reflow_kernels) for path in sorted(pathlib.Path(package.__file__).parent.rglob("*.py"))]
+    weights = hashlib.sha256()
+    for name, tensor in base.unet.state_dict().items():  # a little of each: it tells two bases apart, and takes a moment
+        weights.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return {"the recipe": short(reading.dump(recipe).encode()), "the data": data.identity(), "the base's weights": weights.hexdigest()[:12],
+            "the code of reflow": f"{reflow.__version__}, {short(b''.join(path.read_bytes() for path in code))}", "torch": torch.__version__}
 
 
 def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset | StreamDataset]:
@@ -151,21 +164,30 @@ def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDat
     return device, base, load_data(recipe, base)
 
 
-def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False) -> int:
-    """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes."""
+def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = False, signals: Signals | None = None) -> int:
+    """Train on this rank until the recipe is done or a signal asks to leave. Returns the exit code. The same call resumes.
+
+    signals: those that the caller listens to already.
+    """
     changes = open_run_dir(run_dir, recipe, allow_config_change)
-    device, base, data = begin(recipe)
-    say_free_changes(changes, data, allow_config_change)
     with contextlib.ExitStack() as held:
+        signals = signals or held.enter_context(Signals())
+        device, base, data = begin(recipe)
+        need_equal(told_of(recipe, base, data))
+        say_free_changes(changes, data, allow_config_change)
         if dist.get_rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(alone(run_dir, "A training"))
+            pulse.sweep(run_dir)
             rules.write(run_dir)
-            write_atomic(run_dir / "recipe.toml", reading.dump(recipe))
+            write_text(run_dir / "recipe.toml", reading.dump(recipe))
         barrier()
         wait_until_shared(run_dir)
+        held.enter_context(pulse.Pulse(run_dir, recipe.train.rank_patience))
         start = time.monotonic()
-        code = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config)).run()
+        whole = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config), signals)
+        signals.join(recipe.checkpoint.minutes)
+        code = whole.run()
         if dist.get_rank() == 0 and code == 0:
             print(f"Finished {recipe.name} in {time.monotonic() - start:.0f} s: {run_dir}", flush=True)
         barrier()

@@ -10,12 +10,14 @@ import json
 import pathlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 from safetensors import safe_open
 
 from reflow.errors import UserError
+from reflow.training.stored import shard_name
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 MOMENTS = (("exp_avg", "state1"), ("exp_avg_sq", "state2"))  # torch's and bitsandbytes' names of the same things
@@ -36,7 +38,7 @@ class Piece:
 
 
 def file_of(folder: pathlib.Path, rank: int) -> pathlib.Path:
-    return folder / f"shard-{rank:05d}.safetensors"
+    return folder / shard_name(rank)
 
 
 def collect(masters: list[torch.Tensor], states: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -56,18 +58,69 @@ def describe(pieces: list[Piece]) -> dict[str, str]:
     return {"pieces": json.dumps([list(asdict(p).values()) for p in pieces])}
 
 
-class Shards:
-    """The shards of one checkpoint, mapped into memory and read piece by piece."""
+Number = Annotated[int, pydantic.Field(ge=0, le=2**48)]
+ROWS = pydantic.TypeAdapter(list[tuple[str, Number, Number, Number, Number]], config=pydantic.ConfigDict(strict=True))
 
-    def __init__(self, folder: pathlib.Path) -> None:
+
+class Shards:
+    """The shards of one checkpoint, mapped into memory and read piece by piece.
+
+    Raises ValueError that names the file where one does not hold what its header tells, and OSError and SafetensorError as they come.
+    """
+
+    def __init__(self, folder: pathlib.Path, count: int) -> None:
         self.folder = folder
-        self.files = [safe_open(str(path), "pt") for path in sorted(folder.glob("shard-*.safetensors"))]
+        self.files = [safe_open(str(file_of(folder, rank)), "pt") for rank in range(count)]
         self.keys = [set(f.keys()) for f in self.files]
-        self.pieces = [[Piece(*row) for row in json.loads(f.metadata()["pieces"])] for f in self.files]
+        self.pieces: list[list[Piece]] = []
         self.held: dict[str, list[tuple[int, Piece]]] = {}
-        for n, pieces in enumerate(self.pieces):
-            for piece in pieces:
+        for n in range(count):
+            try:
+                self.pieces.append(self._pieces(n))
+            except pydantic.ValidationError as error:
+                raise ValueError(f"{shard_name(n)}: its header holds no usable list of stretches") from error
+            except ValueError as error:
+                raise ValueError(f"{shard_name(n)}: {error}") from error
+            for piece in self.pieces[n]:
                 self.held.setdefault(piece.name, []).append((n, piece))
+        for name, held in self.held.items():
+            held.sort(key=lambda item: item[1].start)
+            for (_, a), (n, b) in zip(held, held[1:], strict=False):
+                if b.start < a.start + a.length:
+                    raise ValueError(f"{shard_name(n)}: it holds values of {name} that another stretch holds too")
+
+    def _pieces(self, shard: int) -> list[Piece]:
+        """The stretches of a shard, each of which lies in buffers of the sizes and dtypes that an optimizer leaves."""
+        pieces = [Piece(*row) for row in ROWS.validate_json((self.files[shard].metadata() or {}).get("pieces", ""))]
+        sizes = {buffer: self._size(shard, buffer) for buffer in sorted({piece.buffer for piece in pieces})}
+        for piece in pieces:
+            if piece.offset + piece.length > sizes[piece.buffer]:
+                raise ValueError(f"the stretch of {piece.name} ends beyond the {sizes[piece.buffer]} values of its buffer")
+        return pieces
+
+    def _size(self, shard: int, buffer: int) -> int:
+        """Values in a buffer. Raises ValueError where its tensors do not belong together."""
+        size = self._count(shard, f"{buffer}.master", ("F32",))
+        for order, names in enumerate(MOMENTS, 1):
+            name = next((n for n in names if f"{buffer}.{n}" in self.keys[shard]), names[0])
+            if self._count(shard, f"{buffer}.{name}", ("F32", "U8")) != size:
+                raise ValueError(f"its tensors {buffer}.master and {buffer}.{name} are not of one size")
+            if name == f"state{order}" and self.files[shard].get_slice(f"{buffer}.{name}").get_dtype() == "U8" and (
+                    self._count(shard, f"{buffer}.qmap{order}", ("F32",)) != BLOCK
+                    or self._count(shard, f"{buffer}.absmax{order}", ("F32",)) != -(-size // BLOCK)):
+                raise ValueError(f"its tensor {buffer}.{name} has a map or scales of another size")
+        if self._count(shard, f"{buffer}.step", ("F32", "F64", "I64")) != 1:
+            raise ValueError(f"its tensor {buffer}.step is not one number")
+        return size
+
+    def _count(self, shard: int, name: str, dtypes: tuple[str, ...]) -> int:
+        """Values of a tensor that must be there, flat, in one of these dtypes."""
+        if name not in self.keys[shard]:
+            raise ValueError(f"it holds no tensor {name}")
+        part = self.files[shard].get_slice(name)
+        if len(part.get_shape()) != 1 or part.get_dtype() not in dtypes:
+            raise ValueError(f"its tensor {name} is {part.get_dtype()} of shape {part.get_shape()}")
+        return int(part.get_shape()[0])
 
     def fits(self, shard: int, pieces: list[Piece], tensors: dict[str, torch.Tensor]) -> bool:
         """Whether a shard has exactly these pieces and tensors, so that it can be copied as it is."""

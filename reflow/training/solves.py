@@ -18,6 +18,11 @@ from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow
 
 
+def usable(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [B] of [B,...] whose sum of squares, which the loss takes, is a number in fp32: no NaN, no infinity, no overflow on the way."""
+    return torch.isfinite(torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32).square())
+
+
 @dataclass
 class Solved:
     """Solved windows on the device: z_start, z_end [B,C,h,w] fp32, window [B], conditioning of the student (captions dropped)."""
@@ -28,10 +33,10 @@ class Solved:
     conditioning: Conditioning
 
     def finite(self) -> tuple[torch.Tensor, Solved]:
-        """Which rows [B] are finite throughout, and the same with zeros in the others; no host sync."""
+        """Which rows [B] can be used (see `usable`), and the same with zeros in the others; no host sync."""
         c = self.conditioning
         tensors = [t for t in (self.z_start, self.z_end, c.encoder_hidden_states, c.text_embeds, c.time_ids) if t is not None]
-        good = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0)
+        good = torch.stack([usable(t) for t in tensors]).all(0)
 
         def clean(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t))

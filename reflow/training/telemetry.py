@@ -7,15 +7,18 @@ import json
 import math
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.lines import read_lines
+from reflow.outputs import about, write_text
 from reflow.weights.runs import first
 
 PARTS = ("data", "teacher", "student", "optimizer")
@@ -107,15 +110,17 @@ class Log:
         self.path, self.writer, self.wandb = run_dir / "log.jsonl", None, None
         if dist.get_rank() != 0:
             return
-        self.first = first(run_dir)  # number of the first stage
+        self.first, kept = first(run_dir), []  # number of the first stage
         if self.path.exists():
             again = None if restarted is None else restarted + self.first
             kept = [line for line in read_lines(self.path) if stands(line, resume_at, again)]
-            temporary = self.path.with_name(".log.jsonl.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self.path)
+            write_text(self.path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1)
+        self.board = run_dir / "tensorboard"
+        self.threads, threading.excepthook = threading.excepthook, unsaid
+        with about(self.board):
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at)
+        self.repeat(kept, resume_at)
         if wandb:
             try:
                 import wandb as module
@@ -128,23 +133,51 @@ class Log:
             return
         if "stage" in values:
             values = {**values, "stage": values["stage"] + self.first}
-        with open(self.path, "a") as handle:
+        with about(self.path), open(self.path, "a") as handle:
             handle.write(json.dumps(finite({"event": event, "total_samples": total_samples, **values}), allow_nan=False) + "\n")
-        numbers = dict(scalars(event, values))
-        for tag, value in numbers.items():
-            self.writer.add_scalar(tag, value, total_samples)
-        self.writer.flush()
+        numbers = self.curves(event, total_samples, values)
         if self.wandb is not None:
             self.wandb.log(numbers, step=total_samples)
+
+    def curves(self, event: str, total_samples: int, values: dict[str, Any]) -> dict[str, float]:
+        """The numbers of a record as points of TensorBoard's curves."""
+        numbers = dict(scalars(event, values))
+        with about(self.board):
+            for tag, value in numbers.items():
+                self.writer.add_scalar(tag, value, total_samples)
+            self.writer.flush()
+        return numbers
+
+    def repeat(self, kept: list[str], resume_at: int) -> None:
+        """Write again what stands at the very place of resuming. TensorBoard drops by step alone, what stands and what is made anew."""
+        for record in map(json.loads, kept):
+            if record["total_samples"] == resume_at:
+                self.curves(record["event"], resume_at, {k: v for k, v in record.items() if k not in ("event", "total_samples")})
+        picture = self.path.parent / "validation" / f"{resume_at:09d}.png"
+        if picture.exists():
+            from PIL import Image
+            self.image("validation", np.asarray(Image.open(picture, formats=("PNG",)).convert("RGB")), resume_at)
 
     def image(self, tag: str, picture: Any, total_samples: int) -> None:
         """picture: uint8 array [H, W, 3]."""
         if self.writer is not None:
-            self.writer.add_image(tag, picture, total_samples, dataformats="HWC")
+            with about(self.board):
+                self.writer.add_image(tag, picture, total_samples, dataformats="HWC")
+                self.writer.flush()
 
     def close(self) -> None:
+        """All was flushed when it was written; what is refused now has been said then."""
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):
+                self.writer.close()
+        if dist.get_rank() == 0:
+            threading.excepthook = self.threads
+
+
+def unsaid(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. What the system refuses it there is raised again by the next call, and not printed too."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def finite(value: Any) -> Any:
@@ -162,7 +195,7 @@ def stands(line: str, resume_at: int, restarted: int | None) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False
-    return record["total_samples"] <= resume_at and not (record["event"] == "start" and record["stage"] == restarted)
+    return record["total_samples"] <= resume_at and (restarted is None or record.get("stage") != restarted)
 
 
 def scalars(prefix: str, values: Any) -> Iterator[tuple[str, float]]:

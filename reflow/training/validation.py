@@ -17,11 +17,11 @@ from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.ranks import barrier
-from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.recipes.settings import Recipe
+from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.training import pictures, targets, verdict
-from reflow.training.solves import Solved, Solver
 from reflow.training.progress import say
+from reflow.training.solves import Solved, Solver
 from reflow.training.stages import StageFlow
 from reflow.training.telemetry import Log
 from reflow_kernels import AlignedVLoss

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny
 import watch
-
 from reflow.errors import UserError
 from reflow.training import engine, run
 from reflow.weights.lora import stage_file

@@ -20,6 +20,7 @@ from reflow.models.registry import FAMILIES
 from reflow.recipes import reading
 from reflow.training import engine, loop, plan, stages
 from reflow.training.ema import Ema
+from reflow.training.signals import Signals
 from reflow.training.solves import Solver
 from reflow.training.telemetry import Clock, Meter
 
@@ -89,7 +90,7 @@ def main(out: pathlib.Path) -> None:
     rows = Conditioning(torch.randn(1, text, base.configs["unet"]["cross_attention_dim"]), torch.randn(1, 1280),
                         torch.tensor([[8.0 * SIDE, 8.0 * SIDE, 0, 0, 8.0 * SIDE, 8.0 * SIDE]]))
     data = LatentDataset(torch.randn(1, 4, SIDE, SIDE), torch.zeros(1, dtype=torch.long), rows, rows)
-    run = loop.Loop(recipe, out / "run", base, data, device, lambda: None)
+    run = loop.Loop(recipe, out / "run", base, data, device, lambda: None, Signals())
     flow = stages.build(recipe, 0, run.schedule, base.prediction_type, device)
     frozen = {name: p for name, p in base.unet.named_parameters() if ".lora_" not in name}
     before = total(frozen.values())

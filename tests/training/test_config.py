@@ -40,6 +40,7 @@ def test_every_recipe_of_the_package_loads_and_survives_a_round_trip(name, tmp_p
     (recipe_text(stage="windows = 4\nsolver_steps = 2\nsamples = 100"), ["stages.0.samples", "batch_size"]),
     (recipe_text(stage="solver_steps = 2\nsamples = 1000"), ["windows", "boundaries"]),
     (recipe_text(stage="boundaries = [1.0, 0.2, 0.6, 0.0]\nsolver_steps = 2\nsamples = 1000"), ["boundaries", "fall"]),
+    (recipe_text(stage="boundaries = []\nsolver_steps = 2\nsamples = 1000"), ["stages.0.boundaries", "fall"]),
     (recipe_text(stage="boundaries = [1.0, nan, 0.0]\nsolver_steps = 2\nsamples = 1000"), ["stages.0.boundaries", "finite"]),
     (recipe_text(stage="windows = 1000000000\nsolver_steps = 2\nsamples = 1000"), ["stages.0.windows", "1000"]),
     (recipe_text("[train]\neps = inf"), ["train.eps", "finite"]),

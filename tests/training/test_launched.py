@@ -9,11 +9,11 @@ import time
 
 import psutil
 import pytest
-import tiny
 import torch
-import watch
 from safetensors.torch import load_file
 
+import tiny
+import watch
 from reflow.training import loop, run
 
 HERE = pathlib.Path(__file__).parent

@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+import tiny
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
 

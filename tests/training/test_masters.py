@@ -1,9 +1,9 @@
 """fp32 masters start from the fp32 weights, whatever dtype the network computes in."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from reflow.training import engine
 from reflow.training.ema import Ema
 

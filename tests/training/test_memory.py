@@ -1,4 +1,4 @@
-"""Ways to need less memory or disk, one rank in this process: CPU offload, a parked or float8 teacher, a full disk, damaged shards."""
+"""Ways to need less memory or disk, one rank in this process: CPU offload, a parked or float8 teacher, a full disk."""
 
 import json
 import resource
@@ -7,11 +7,11 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
-import watch
 from safetensors.torch import load_file
 
+import tiny
+import watch
 from reflow.errors import UserError
 from reflow.recipes import reading
 from reflow.training import loop, run, teachers
@@ -70,21 +70,6 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_goes_on_bit_eq
         assert not list(folder.glob("stage-1/*"))
     assert run.train(recipe, folder) == 0
     assert equal(weights(folder), weights(whole / "run"))
-
-
-def test_shards_that_are_damaged_or_of_another_network_are_refused_by_name(whole, tmp_path):
-    shutil.copytree(whole / "cut", tmp_path / "run")
-    shard = tmp_path / "run" / "checkpoints" / "stage-1-000000016" / "shard-00000.safetensors"
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-100])
-    with pytest.raises(UserError, match="stage-1-000000016 is damaged .*latest"):
-        run.train(tiny.short(tmp_path, *SMALL), tmp_path / "run")
-    shard.write_bytes(good.replace(b"conv_in.bias", b"conv_in.bios"))
-    with pytest.raises(UserError, match="holds 0 of the 32 values of conv_in.bias"):
-        run.train(tiny.short(tmp_path, *SMALL), tmp_path / "run")
-    shard.unlink()
-    with pytest.raises(UserError, match="missing or not whole"):
-        run.train(tiny.short(tmp_path, *SMALL), tmp_path / "run")
 
 
 def test_a_parked_teacher_is_copied_up_where_it_is_used_and_dropped_after(capsys):
@@ -157,7 +142,7 @@ def test_paged_optimizers_need_a_gpu(tmp_path, name, device):
 def test_the_layout_may_change_between_two_starts_and_the_algorithm_not(tmp_path):
     old = tiny.recipe(tmp_path)
     free = tiny.recipe(tmp_path, "train.zero_stage=2", "train.offload=true", "train.micro_batch=8", "teacher.offload=true",
-                       "model.gradient_checkpointing=true", "model.compile=true", "model.attention=sdpa")
+                       "model.gradient_checkpointing=true", "model.compile=true", "model.attention=sdpa", "train.rank_patience=90")
     assert reading.changed_keys(old, free) == [] and set(reading.free_changes(old, free)) == set(reading.FREE_KEYS)
     assert all(reason for reason in reading.FREE_KEYS.values())
     # None of these changes only rounding, or nothing says so: each stays refused.

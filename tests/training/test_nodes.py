@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
+import tiny
 from reflow.errors import UserError
 from reflow.training import run
 

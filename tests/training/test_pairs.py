@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
-import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import tiny
 from reflow.commands import prepare
 from reflow.errors import UserError
 from reflow.training import run, solve_pairs
@@ -66,6 +67,28 @@ def test_a_killed_solve_goes_on_and_a_damaged_chunk_is_named(store, tmp_path):
         solve_pairs.solve(tiny.recipe(tmp_path, *ONE, "train.seed=5"), 1, 24, folder)
     with pytest.raises(UserError, match="--run-dir"):
         solve_pairs.solve(recipe, 2, 8, tmp_path / "c")
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("pairs.json", "[]", "is damaged"), ("pairs.json", '{"pairs": 1e3, "settings": {}}', "is damaged"), ("pairs.json", "[" * 9999, "not readable"),
+    ("pairs.json", '{"pairs": 99999999999999, "settings": {}}', "is damaged"),
+    ("item", lambda t: t + 10**6, "its item has a number outside 0 to 1796"), ("item", lambda t: t - 10**6, "its item has a number outside"),
+    ("window", lambda t: t + 99, "its window has a number outside 0 to 3"), ("item", lambda t: t.float(), "its item is torch.float32"),
+    ("z_start", lambda t: t[:, :, :2], "its z_start is torch.float32 .24, 4, 2, 8. and not"), ("z_end", lambda t: t[:5], "holds 5 pairs instead of 24"),
+    ("z_end", lambda t: t.double(), "its z_end is torch.float64"), ("dropped", lambda t: t.view(2, -1), "its dropped is torch.bool .2, 12."),
+    ("z_end", lambda t: t[0, 0, 0, 0].clone(), "its z_end is"), ("window", None, "it holds dropped, item, z_end, z_start and not"),
+])  # fmt: skip
+def test_a_doctored_store_is_refused_before_a_step(store, tmp_path, name, change, words):
+    folder = shutil.copytree(store[1], tmp_path / "doctored")
+    chunk = folder / "pairs-00000.safetensors"
+    if name == "pairs.json":
+        (folder / name).write_text(change)
+    else:
+        tensors = load_file(chunk)
+        made = tensors.pop(name) if change is None else change(tensors[name])
+        save_file(tensors if change is None else {**tensors, name: made.contiguous()}, chunk)
+    with pytest.raises(UserError, match=words):
+        student(tmp_path, f"stages.0.pairs_from={folder}")
 
 
 def test_the_command_solves_pairs_and_says_how_to_use_them(store, tmp_path, capsys):

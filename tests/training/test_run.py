@@ -1,7 +1,6 @@
 """One rank in this process: what a run leaves, what it refuses, and that it stops where it must."""
 
 import json
-import math
 import os
 import pathlib
 import signal
@@ -10,15 +9,15 @@ import sys
 import time
 
 import pytest
-import tiny
 import torch
-import watch
 from safetensors.torch import load_file
 
-from reflow.recipes import reading
+import tiny
+import watch
 from reflow.data import latents
 from reflow.errors import UserError
-from reflow.training import ema, engine, loop, optimizers, run
+from reflow.recipes import reading
+from reflow.training import engine, loop, optimizers, run
 from reflow_kernels import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -66,49 +65,6 @@ def test_the_log_is_the_same_with_and_without_resumption_over_a_kill_of_half_a_l
     drop = ("seconds", "samples_per_second", "peak_memory", "elapsed")
     strip = [[{k: v for k, v in r.items() if k not in drop} for r in log(tmp_path / x, "train")] for x in "ab"]
     assert strip[0] == strip[1]
-
-
-def test_ema_is_the_average_that_its_formula_says():
-    weights = [torch.randn(5), torch.randn(3, 2)]
-    average, plain = ema.Ema(weights), [w.clone() for w in weights]
-    for step in range(6):
-        for w in weights:
-            w += torch.randn_like(w)
-        d = ema.decay(20.0, 0.5, 10 * step, 10)  # the ramp ends after 40 samples
-        assert d == pytest.approx((step / (step + 1)) ** (2 * math.log(2)) if step < 4 else 0.5 ** 0.5)
-        average.update(d)
-        plain = [d * p + (1 - d) * w for p, w in zip(plain, weights)]
-    for a, p in zip(average.average, plain):
-        torch.testing.assert_close(a, p)
-    assert ema.decay(100.0, 0.0, 500, 100) == 0.5 and ema.decay(0.0, 0.1, 500, 100) == 0.0
-
-
-@pytest.mark.parametrize("batches", [1, 3, 8])
-def test_the_ema_looks_back_by_samples_and_not_by_batches(batches):
-    # From 300 to 1,500 samples, across the end of the ramp at 1,000: however the samples are cut, as much is left as the integral says.
-    cut = [300 + 1200 * i / batches for i in range(batches + 1)]
-    left = math.prod(ema.decay(100.0, 0.1, a, b - a) for a, b in zip(cut, cut[1:]))
-    steps = 300 + 0.01 * (torch.arange(120_000, dtype=torch.float64) + 0.5)
-    assert left == pytest.approx(float(2 ** -(0.01 / torch.minimum(torch.tensor(100.0), 0.1 * steps)).sum()), rel=1e-6)
-
-
-@pytest.mark.parametrize("name", reading.available())
-def test_the_ema_of_every_recipe_looks_back_as_far_as_the_plan_says(name):
-    recipe = reading.load(name)
-    train = recipe.train
-    for i, stage in enumerate(recipe.stages):
-        steps = -(-stage.samples // train.batch_size)
-        said = ema.half_life_at(train.ema_half_life, train.ema_warmup, steps * train.batch_size)
-        assert said == min(train.ema_half_life, 0.1 * steps * train.batch_size)
-        # Weight of every step in the average that the stage leaves: half of it is younger than about the half-life.
-        weights, rest = [], 1.0
-        for step in reversed(range(steps)):
-            d = ema.decay(train.ema_half_life, train.ema_warmup, step * train.batch_size, train.batch_size)
-            weights.append((1 - d) * rest)
-            rest *= d
-        assert sum(weights) == pytest.approx(1.0) and rest == 0.0
-        half = next(n for n in range(steps) if sum(weights[: n + 1]) >= 0.5)
-        assert 0.9 * said - train.batch_size <= half * train.batch_size <= said
 
 
 @pytest.mark.parametrize("schedule, middle, end", [("constant", 1.0, 1.0), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0244717)])
@@ -337,7 +293,7 @@ def python_handlers():
     """The handlers that a program starts with, and the old ones back afterwards."""
     start = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
     old = {name: signal.signal(name, handler) for name, handler in start.items()}
-    yield
+    yield start
     for name, handler in old.items():
         signal.signal(name, handler)
 
@@ -345,25 +301,64 @@ def python_handlers():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_each_signal_asks_once_and_only_a_second_ctrl_c_ends_at_once(python_handlers, capfd, name):
     engine.init_distributed()
-    signals, number = loop.Signals(0), getattr(signal, name)
-    assert signals.agree() == (False, False)
-    signal.raise_signal(number)
-    assert signals.agree() == (True, False)
-    said = capfd.readouterr().err
-    if name == "SIGINT":
-        assert signal.getsignal(number) == signal.SIG_DFL and said.count("Interrupted") == 1 and len(said.strip().splitlines()) == 1
-    else:
-        assert signal.getsignal(number) == signals._ask and not said
-    signals.end()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with loop.Signals() as signals:
+        number = getattr(signal, name)
+        signals.join(0)
+        assert signals.agree() == (False, False)
+        signal.raise_signal(number)
+        assert signals.agree() == (True, False)
+        said = capfd.readouterr().err
+        if name == "SIGINT":
+            assert signal.getsignal(number) == signal.SIG_DFL and said.count("Interrupted") == 1 and len(said.strip().splitlines()) == 1
+        else:
+            assert signal.getsignal(number) == signals._ask and not said
+    assert {n: signal.getsignal(n) for n in python_handlers} == python_handlers
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("place", ["load_base", "load_data", "wait_until_shared"])
+def test_a_signal_while_a_run_starts_leaves_with_75_and_the_same_call_goes_on(tmp_path, python_handlers, monkeypatch, capfd, name, place):
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    before, recipe = getattr(run, place), tiny.short(tmp_path)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(run, place, lambda *args: signal.raise_signal(getattr(signal, name)))
+    with pytest.raises(Left) as left:
+        run.train(recipe, tmp_path / "run")
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert left.value.args == (75,) and told == f"Asked to leave ({name}) before the first step of this start; the same command goes on."
+    assert {n: signal.getsignal(n) for n in python_handlers} == python_handlers
+    monkeypatch.setattr(run, place, before)
+    if name == "SIGTERM":
+        assert run.train(recipe, tmp_path / "run") == 0
+
+
+def test_the_command_listens_before_it_imports(tmp_path):
+    tiny.recipe(tmp_path)
+    script = ("import signal, sys\n"
+              "class Finder:\n"
+              "    def find_spec(self, name, *_):\n"
+              "        if name == 'torch':\n"
+              "            signal.raise_signal(signal.SIGTERM)\n"
+              "sys.meta_path.insert(0, Finder())\n"
+              "from reflow.cli import main\n"
+              "main(sys.argv[1:])\n")
+    words = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run-dir", str(tmp_path / "run")]
+    finished = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, env=outside(), capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 75 and "Asked to leave (SIGTERM)" in finished.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it(python_handlers):
     engine.init_distributed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signals = loop.Signals(0)
-    signal.raise_signal(signal.SIGINT)
-    assert not signals.asked
+    with loop.Signals() as signals:
+        signals.join(0)
+        signal.raise_signal(signal.SIGINT)
+        assert not signals.asked
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_call_goes_on(tmp_path, python_handlers, monkeypatch, capfd):

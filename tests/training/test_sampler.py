@@ -39,3 +39,17 @@ def test_draws_have_the_right_distribution():
     assert abs(float(noise.mean())) < 0.01 and abs(float(noise.std()) - 1) < 0.01
     uniform = sampler.chord_draws(0, 0, list(range(4000)))
     assert np.all(np.abs(uniform.mean(0).numpy() - 0.5) < 0.02) and float(uniform.min()) >= 0 and float(uniform.max()) < 1
+
+
+def test_draws_are_what_they_were():
+    """A run that an earlier version began goes on with the same items, noise and times."""
+    assert sampler.generator(1, 2, 3, 4).random() == 0.06960340496227668
+    assert sampler.permutation(5, 1, 2, 8).tolist() == [1, 0, 5, 6, 4, 7, 2, 3]
+    assert [sampler.item_of(5, 1, i, 8) for i in (16, 23)] == [1, 3]
+    drop, noise = sampler.solve_draws(5, 1, [7, 8], (2,))
+    assert drop.tolist() == torch.tensor([0.2588212490081787, 0.9954056143760681]).tolist() and drop.dtype == noise.dtype == torch.float32
+    torch.testing.assert_close(noise, torch.tensor([[2.1028380393981934, 1.500868797302246], [-2.3728675842285156, 0.7139126658439636]]))
+    assert sampler.chord_draws(5, 1, [7]).tolist() == [[0.13811425864696503, 0.6373285055160522]]
+    assert sampler.block_order(3, 1, 0, (3, 2), 2).tolist() == [1, 2, 0, 1, 4, 3]  # the filled place of the first group holds its item 1 again
+    assert sampler.items_of(3, 1, list(range(8)), (3, 2), 2) == [1, 2, 0, 1, 4, 3, 2, 1]
+    assert sampler.rows_of_step(3, 16, 4, 1, 2, 2) == [[52, 53, 54, 55], [60, 61, 62, 63]]

@@ -79,7 +79,7 @@ def test_every_layout_is_filled_from_every_other(tmp_path, source, bits):
     torch.manual_seed(0)
     whole = {name: (torch.randn(size), torch.randn(size), torch.rand(size)) for name, size in SIZES.items()}
     write(tmp_path, whole, *source, bits[0])
-    stored = Shards(tmp_path)
+    stored = Shards(tmp_path, source[1])
     for kind, ranks in LAYOUTS:
         for rank, (sizes, pieces) in enumerate(layout(kind, ranks)):
             masters, states = empty(sizes, bits[1])
@@ -97,7 +97,7 @@ def test_every_layout_is_filled_from_every_other(tmp_path, source, bits):
 def test_a_shard_of_the_same_layout_is_copied_to_the_bit_and_another_network_is_refused(tmp_path):
     whole = {name: (torch.randn(size), torch.randn(size), torch.rand(size)) for name, size in SIZES.items()}
     write(tmp_path, whole, "flat", 2, 8)
-    stored, (sizes, pieces) = Shards(tmp_path), layout("flat", 2)[1]
+    stored, (sizes, _) = Shards(tmp_path, 2), layout("flat", 2)[1]
     masters, states = empty(sizes, 8)
     stored.restore(1, masters, states)
     for key, value in shards.collect(masters, states).items():

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from reflow.errors import UserError
 from reflow.training import engine, run, targets
 

@@ -25,3 +25,65 @@ def test_one_process_listens_on_loopback_at_most():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=given, timeout=120)
     heard = next(line for line in done.stdout.splitlines() if line.startswith("LISTENS")).split()[1:]
     assert set(heard) <= {"127.0.0.1", "::1"}, heard
+
+
+COMMANDS = """
+import os, pathlib, socket, sys, tempfile
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+reached = []
+
+def watch(event, args):
+    if event in ("socket.connect", "socket.bind", "socket.sendto"):
+        place = args[1][0] if isinstance(args[1], tuple) else "localhost"  # a path is a socket of this machine
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        place = args[0]
+    else:
+        return
+    if place not in LOOPBACK:
+        frame = sys._getframe(1)
+        reached.append(f"{event} {place!r} at {frame.f_code.co_filename}:{frame.f_lineno}")
+
+sys.addaudithook(watch)
+try:
+    socket.getaddrinfo("hub.invalid", 443)
+except OSError:
+    pass
+assert len(reached) == 1, "the watch sees nothing"
+reached.clear()
+
+from reflow import cli
+
+class Left(Exception): pass
+def leave(code): raise Left(code)
+cli.leave = leave
+os.chdir(tempfile.mkdtemp())
+small = ["--set", "train.batch_size=4", "--set", "train.micro_batch=4", "--set", "train.warmup=0", "--set", "validate.images=1", "--set", "validate.pairs=1",
+         "--set", "validate.every=4", "--set", "stages.0.samples=4", "--set", "stages.1.samples=4", "--set", "stages.2.samples=4",
+         *(word for i in range(3) for word in ("--set", f"stages.{i}.pairs=8"))]
+for words in (
+    ["recipe", "digits"],
+    ["train", "--recipe", "digits-quick", "--dry-run"],
+    ["train", "--recipe", "digits-quick", "--run-dir", "run", *small],
+    ["sample", "--run-dir", "run", "--prompt", "a seven", "--out", "images"],
+    ["export", "--run-dir", "run", "--out", "student"],
+    ["export", "--run-dir", "run", "--format", "delta", "--out", "delta.safetensors"],
+    ["merge", "--base", "builtin", "--delta", "delta.safetensors", "--out", "merged"],
+    ["sample", "--model", "student", "--prompt", "a seven", "--out", "more"],
+    ["evaluate", "--run-dir", "run", "--samples", "60", "--seeds", "1"],
+    ["env"],
+):
+    try:
+        cli.main(words)
+    except Left as left:
+        assert left.args[0] == 0, words
+print("REACHED", reached)
+"""
+
+
+def test_no_command_looks_beyond_this_machine():
+    """Nothing here names a hub id, so nothing asks a name server, connects or listens beyond loopback, though the hub is not switched off."""
+    off = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    given = {key: value for key, value in os.environ.items() if key not in off}
+    done = subprocess.run([sys.executable, "-c", COMMANDS], capture_output=True, text=True, env=given, timeout=300)
+    assert "REACHED []" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from reflow.commands.common import open_run, stage_of, student_file
 from reflow.evaluation import runs
 from reflow.training import loop, run

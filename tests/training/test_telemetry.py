@@ -6,11 +6,11 @@ import time
 import types
 
 import pytest
-import tiny
 import torch
-from reflow_kernels import aligned_v_loss
 
+import tiny
 from reflow.training import engine, progress, run, telemetry, validation
+from reflow_kernels import aligned_v_loss
 
 WEIGHT = 0.7
 
@@ -141,3 +141,27 @@ def test_the_log_is_json_where_a_number_is_not_finite(tmp_path):
 
     found = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
     assert found["loss"] is None and found["windows"][0]["mse"] is None and found["samples"] == 10
+
+
+def test_tensorboard_shows_each_point_once_after_a_stage_starts_over(tmp_path):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine.init_distributed()
+    picture = torch.zeros(4, 4, 3, dtype=torch.uint8).numpy()
+    (tmp_path / "validation").mkdir()
+    for attempt in (None, 1):  # the second stage starts again where the first one ended
+        log = telemetry.Log(tmp_path, 0 if attempt is None else 32, restarted=attempt)
+        if attempt is None:
+            log.write("start", 0, {"stage": 0, "distance_to_own_ddim": 0.5})
+            log.write("train", 32, {"stage": 0, "loss": 1.0})
+            log.image("validation", picture, 32)
+            Image.fromarray(picture).save(tmp_path / "validation" / "000000032.png")
+        log.write("start", 32, {"stage": 1, "distance_to_own_ddim": 0.25})
+        log.image("validation/untrained", picture, 32)
+        log.write("train", 48, {"stage": 1, "loss": 2.0})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"] if not tag.endswith("stage")}
+    assert shown == {"start/distance_to_own_ddim": [(0, 0.5), (32, 0.25)], "train/loss": [(32, 1.0), (48, 2.0)]}
+    assert {tag: [e.step for e in board.Images(tag)] for tag in board.Tags()["images"]} == {"validation": [32], "validation/untrained": [32]}

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
-import watch
 from safetensors.torch import load_file
 
+import tiny
+import watch
 from reflow.data.shapes import Group
 from reflow.errors import UserError
 from reflow.flow import DiscreteVP

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
-import watch
 from PIL import Image, ImageFont
 
+import tiny
+import watch
 from reflow.data import digits
 from reflow.sampling.pictures import read_note
 from reflow.training import loop, pictures, run, validation
@@ -44,7 +44,7 @@ def test_files_carry_their_settings_and_there_is_one_before_the_first_step(tmp_p
     assert run.train(recipe, tmp_path / "run") == 0  # a resumed stage does not begin again
     assert sorted(p.name for p in folder.iterdir()) == ["000000000-untrained.png", "000000048.png"] and len(drawn) == 2
     before, after = (read_note(folder / name) for name in ("000000000-untrained.png", "000000048.png"))
-    words = prompts or [c for c in [digits.captions(int(digits.images()[1][0]))[0]]]
+    words = prompts or [digits.captions(int(digits.images()[1][0]))[0]]
     assert before["prompts"] == after["prompts"] == words == drawn[0][1]
     assert before["rows"] == ["teacher, 4 steps", "untrained student, 4 steps", "untrained student, 8 steps"]
     assert after["rows"] == ["teacher, 4 steps", "student, 4 steps", "student, 8 steps"]

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from reflow.sampling.sampler import sample, sample_teacher
 from reflow.training import run, verdict
 

@@ -32,8 +32,8 @@ def watching():
         seen["saved"] = gathered(engine, ema)
         return save(self, engine, ema, *args)
 
-    def loading(self, path, engine, ema):
-        result = load(self, path, engine, ema)
+    def loading(self, path, engine, ema, *args):
+        result = load(self, path, engine, ema, *args)
         seen["loaded"], seen["how"] = gathered(engine, ema), result[0]["how"]
         return result
 
