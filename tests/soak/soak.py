@@ -25,7 +25,7 @@ ROWS = ("kills", "inputs", "recipes", "weights", "mutants", "growth")
 
 def row(name: str):
     """The module of a row; its folder and the test helpers come first on the path."""
-    for folder in (HERE, ROOT / "tests" / "helpers", ROOT / "tests" / "training"):
+    for folder in (HERE, ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "training"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     return importlib.import_module(name)
@@ -46,7 +46,7 @@ def one(module, index: int) -> dict:
     start = time.monotonic()
     try:
         result = module.trial(index, folder)
-    except Exception as error:  # noqa: BLE001 - a trial that breaks is a finding, not the end of the soak
+    except Exception as error:
         result = {"kind": "trial broke", "failed": "".join(traceback.format_exception_only(error)).strip()[-300:]}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
