@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
+import re
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ import traceback
 
 import reflow
 from reflow import outputs
-from reflow.errors import UserError
+from reflow.errors import UserError, printable, short
 from reflow.quiet import quiet_libraries
 
 # Each command's module has `arguments(parser)` and `run(args) -> exit code`.
@@ -32,6 +34,8 @@ COMMANDS = {
     "experiment": ("reflow.commands.experiment", "reproduce a figure or table"),
     "env": ("reflow.commands.env", "say what this machine has and which backends would be used"),
 }
+# How gloo and NCCL tell that a process at the other end is gone.
+LOST = re.compile(r"closed by peer|reset by peer|remote process exited|peer went away", re.IGNORECASE)
 START = """
 A first run, on real handwritten digits (minutes on a CPU):
   reflow train --recipe digits-quick --run-dir runs/first
@@ -46,15 +50,18 @@ A first run, on real handwritten digits (minutes on a CPU):
 def main(argv: list[str] | None = None) -> None:
     """Entry of the `reflow` command and of scripts/train.py. Ends the process."""
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8 is printed with its bytes written out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or bool(os.environ.get("REFLOW_DEBUG"))
     argv = [word for word in argv if word != "--debug"]
     asked = command_of(argv)
     parser = build_parser(asked)
     if asked is not None and asked not in COMMANDS:
-        near = difflib.get_close_matches(asked, COMMANDS, n=1)
+        near = difflib.get_close_matches(short(asked), COMMANDS, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
-        leave(fail(f"There is no command '{asked}'{hint}; the commands are: {', '.join(COMMANDS)}."))
+        leave(fail(f"There is no command '{short(asked)}'{hint}; the commands are: {', '.join(COMMANDS)}."))
     if not argv:
         parser.print_help(sys.stderr)
         leave(UserError.exit_code)
@@ -88,6 +95,8 @@ def told(error: Exception, debug: bool) -> int:
             "model.gradient_checkpointing = true (`reflow train --dry-run` says what fits); sample with a smaller --batch-size.",
             1,
         )
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+        return say("another rank of this run ended and left this one alone; what it said is the cause.", 1)
     return say(f"{unexpected(error)} {kept(error, debug)}", 1)
 
 
@@ -141,20 +150,33 @@ def build_parser(asked: str | None) -> argparse.ArgumentParser:
 
 
 def fail(sentence: str) -> int:
-    """Print the sentence once, by the first rank; the others give it time before the launcher ends everything."""
+    """Print the sentence once, by the first rank. The others give it time, before the launcher ends everything; where
+    nothing ends them the mistake was met by this rank alone, which then says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"reflow: {sentence}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
-    return UserError.exit_code
+        close_bars()
+        print(f"reflow: {printable(sentence)}", file=sys.stderr, flush=True)
+        return UserError.exit_code
+    time.sleep(3)
+    return say(sentence, UserError.exit_code)
 
 
 def say(sentence: str, code: int) -> int:
     """Print a sentence of this rank alone: a disk, a GPU or a fault may be one rank's."""
+    close_bars()
     rank = os.environ.get("RANK")
     of_rank = f" (rank {rank})" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"reflow{of_rank}: {sentence}", file=sys.stderr, flush=True)
+    print(f"reflow{of_rank}: {printable(sentence)}", file=sys.stderr, flush=True)
     return code
+
+
+def close_bars() -> None:
+    """End the lines of all progress bars that an error left open, ours and the libraries', so that what is said next starts on its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            with contextlib.suppress(Exception):  # a terminal that went away
+                bar.close()
 
 
 def leave(code: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from reflow.errors import UserError
+from reflow.outputs import about
 
 LOCK = ".lock"
 
@@ -35,9 +36,10 @@ def alone(folder: Path, what: str) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
                 raise
             print(f"reflow: the file system of {folder} has no locks; see to it that nothing else writes there.", file=sys.stderr)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now().isoformat(' ', 'seconds')}")
-        file.flush()
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        with about(folder / LOCK):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
         yield
 
 

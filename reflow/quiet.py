@@ -66,7 +66,7 @@ def quiet_imports() -> None:
     if os.environ.get("TRANSFORMERS_VERBOSITY", "error") != "error":
         return
     import transformers
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
     downloads_shown = not are_progress_bars_disabled()
     transformers.logging.set_verbosity_error()

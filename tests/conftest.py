@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors: a second thread only waits, and two busy processes on two cores wait for each other.
@@ -65,7 +66,20 @@ LONG = ("training/test_launched.py", "training/test_run.py", "training/test_reci
 ON_A_GPU = ("ops/test_ops_cuda.py", "flow/test_flow_captured.py", "tests/ops/", "tests/flow/", "tests/training/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", type=int, help="run files, and the tests within each, in an order drawn from this number")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        # Whole files: what their tests share is made once in any order.
+        files = sorted({item.path for item in items})
+        turn = {path: random.Random(f"{seed} {path.name}").random() for path in files}
+        chance = random.Random(seed)
+        chance.shuffle(items)
+        items.sort(key=lambda item: turn[item.path])
+        return
     gpu = os.environ.get("REFLOW_TEST_DEVICE") == "cuda"
 
     def place(item: pytest.Item) -> int:

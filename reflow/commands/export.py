@@ -20,6 +20,7 @@ from reflow.commands.common import (
     student_file,
 )
 from reflow.errors import UserError
+from reflow.outputs import undone, write_text
 from reflow.recipes.settings import Recipe
 
 SUFFIX = ".safetensors"
@@ -173,7 +174,8 @@ def write_card(kind: str, path: pathlib.Path, config: Any, settings: dict[str, A
     text = model_card(
         card, name=path.name, scheduler=scheduler, steps=None, stock=stock is not None, reason=reason, kind=kind
     )
-    card_file(path).write_text(text, encoding="utf-8")
+    with undone(path):
+        write_text(card_file(path), text)
 
 
 def scheduler_line(done: Any) -> str:

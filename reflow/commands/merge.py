@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 from typing import Any
 
@@ -78,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
 
     from reflow.export import export_folder
     from reflow.models.digits import BUILTIN
-    from reflow.models.folder import find_folder, read_json
+    from reflow.models.folder import find_folder, read_index, read_scheduler
 
     # Any pipeline with a UNet of the delta's shape: also inpainting and other kinds that no family trains.
     folder = BUILTIN if args.base == "builtin" else find_folder(args.base, single_file_options(args))
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    read_index(folder)
+    scheduler = read_scheduler(folder)
     same_parameterisation(scheduler.get("prediction_type", "epsilon"), says, settings, args)
     # In fp32, so that the sum is rounded once, to the dtype that is written.
     custom = cast(read_state(folder), torch.float32)
@@ -115,6 +117,19 @@ def same_parameterisation(base: str, says: dict[str, str], settings: dict[str, A
         )
 
 
+def scale_of(says: dict[str, str], key: str, delta: str) -> float:
+    """A guidance scale in a delta's metadata. Raises UserError where it is no number."""
+    from reflow.weights.delta import unreadable
+
+    try:
+        scale = float(says[key])
+    except (KeyError, ValueError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise unreadable(delta, key, says.get(key), "a number")
+    return scale
+
+
 def card_of(args: argparse.Namespace, says: dict[str, str]) -> dict[str, Any]:
     """What README.md of the merged folder says of its making; ``says`` is the delta's metadata."""
     from reflow.commands.export import guidance_card
@@ -124,6 +139,5 @@ def card_of(args: argparse.Namespace, says: dict[str, str]) -> dict[str, Any]:
     delta = public_name(args.delta)
     card = {"base": base, "merged": f"The weights of {base} plus {args.scale:g} times the delta weights {delta}."}
     if "guidance_scale" in says:
-        scales = (float(says[key]) for key in ("guidance_scale", "teacher_guidance_scale"))
-        card["guidance"] = guidance_card(*scales)
+        card["guidance"] = guidance_card(*(scale_of(says, key, args.delta) for key in ("guidance_scale", "teacher_guidance_scale")))
     return card

@@ -247,13 +247,7 @@ def load(source: Source, device: Any, dtype: str) -> Any:
 
     base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
     if source.weights is not None:
-        try:
-            base.unet.load_state_dict(student_state(base.unet.state_dict(), source.weights))
-        except RuntimeError as error:
-            raise UserError(
-                f"{source.weights} does not fit the UNet of {source.folder} ({str(error).splitlines()[-1].strip()}); "
-                "the run was trained from another base."
-            ) from error
+        base.unet.load_state_dict(student_state(base.unet.state_dict(), source.weights))
     return base
 
 
@@ -293,6 +287,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from reflow.outputs import undone
     from reflow.quiet import quiet_imports
     from reflow.weights.files import make_folder, public_name, refuse_existing
 
@@ -334,7 +329,8 @@ def run(args: argparse.Namespace) -> int:
     few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
     # In a log file a line now and then, as in training.
     interval = 0.5 if sys.stderr.isatty() else 20.0
-    with tqdm(total=len(prompts), unit=" images", disable=few, dynamic_ncols=True, mininterval=interval) as bar:
+    bar = tqdm(total=len(prompts), unit=" images", disable=few, dynamic_ncols=True, mininterval=interval)
+    with bar, undone(out):
         base.unet.register_forward_pre_hook(StepCount(bar, len(scales)))
         for first in range(0, len(prompts), args.batch_size):
             some = prompts[first : first + args.batch_size]
@@ -363,6 +359,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"1 image, {how}: {out / '00000.png'}")
         return 0
     labels = [(prompt, f"{steps} step{'s' * (steps != 1)}, seed {args.seed + i}") for i, prompt in enumerate(prompts)]
-    write_png(grid(pictures, labels, args.count if args.count > 1 else None), out / "grid.png", note)
+    with undone(out):
+        write_png(grid(pictures, labels, args.count if args.count > 1 else None), out / "grid.png", note)
     print(f"{len(pictures)} images, {how}: {out}, together in {out / 'grid.png'}")
     return 0

@@ -30,7 +30,12 @@ def run(args: argparse.Namespace) -> int:
         print(plan.describe(recipe))
         print(f"\n{reading.dump(recipe)}" if args.resolved else "\n--resolved prints every key of the recipe after this.")
         return 0
-    from reflow.training import run as training
+    from reflow.training.signals import Signals
 
-    run_dir = check_output(args.run_dir or f"runs/{recipe.name}", "--run-dir")
-    return training.train(recipe, run_dir, allow_config_change=args.allow_config_change)
+    if not args.run_dir and ("/" in recipe.name or recipe.name in (".", "..")):
+        raise UserError(f"The recipe's name '{recipe.name}' would lead out of runs/; give a --run-dir.")
+    with Signals() as signals:  # before the imports, which take seconds
+        from reflow.training import run as training
+
+        run_dir = check_output(args.run_dir or f"runs/{recipe.name}", "--run-dir")
+        return training.train(recipe, run_dir, allow_config_change=args.allow_config_change, signals=signals)

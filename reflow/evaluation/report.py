@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from reflow.evaluation import machine, page, pictures
 from reflow.evaluation.runs import Run
 from reflow.evaluation.suite import Settings, Suite
 from reflow.models import registry
+from reflow.outputs import staged, write_text
 from reflow.recipes import reading
 
 FORMAT = 1  # of report.json; raise it when its keys change
@@ -60,18 +60,16 @@ def make(
     """Evaluate the run; write report.json, grid.png, differences.png, quality.png, training.png, curves.png and index.html. Returns the report."""
     suite = suite or make_suite(run, settings, device)
     report = {"format": FORMAT, "command": command, **suite.evaluate(run), **machine.describe()}
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures.sample_grid(suite.pictures, suite.labels).save(folder / "grid.png", optimize=True)
-    pictures.difference_grid(suite.pictures, suite.labels).save(folder / "differences.png", optimize=True)
-    pictures.quality(report, folder / "quality.png")
-    pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], folder / "curves.png")
-    pictures.progress(run.log("train"), run.log("validate"), folder / "training.png")
-    write_json(report, folder / "report.json")
-    page.write(report, folder, reading.dump(run.recipe))
+    with staged(folder, last="report.json") as new:
+        pictures.sample_grid(suite.pictures, suite.labels).save(new / "grid.png", optimize=True)
+        pictures.difference_grid(suite.pictures, suite.labels).save(new / "differences.png", optimize=True)
+        pictures.quality(report, new / "quality.png")
+        pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], new / "curves.png")
+        pictures.progress(run.log("train"), run.log("validate"), new / "training.png")
+        write_json(report, new / "report.json")
+        page.write(report, new, reading.dump(run.recipe))
     return report
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -43,16 +43,7 @@ class Student:
     def network(self, base: Base, device: torch.device) -> torch.nn.Module:
         """A UNet of the base's architecture with the student's weights, fp32, frozen. UserError if they do not fit."""
         unet = type(base.unet).from_config(base.unet.config)
-        try:
-            unet.load_state_dict(student_state(base.unet.state_dict(), self.path))
-        except UserError:
-            raise
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{self.path} cannot be read as weights of the base's UNet ({reason}). Remove that file; the training "
-                "command makes it again."
-            ) from error
+        unet.load_state_dict(student_state(base.unet.state_dict(), self.path))
         return unet.to(device, torch.float32).eval().requires_grad_(False)
 
 
@@ -71,7 +62,7 @@ class Run:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record.get("event") == event:
+            if isinstance(record, dict) and record.get("event") == event:
                 if "stage" in record:
                     record["stage"] += 1 - first(self.folder)
                 records.append(record)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
+import os
 import pathlib
 import tomllib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import pydantic
 
-from reflow.errors import UserError
+from reflow.errors import UserError, quote, short
+from reflow.recipes import tables
 from reflow.recipes.settings import Place, Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
@@ -26,8 +30,11 @@ FREE_KEYS = {
     "teacher.offload": "the same weights, copied up for every solve",
     "model.gradient_checkpointing": "the same blocks, computed a second time instead of kept",
     "model.compile": "the same blocks, fused otherwise",
+    "train.rank_patience": "the same training, which ends sooner or later where a rank is gone",
     "model.attention": "the same attention, by another kernel",
 }
+
+TOLD = 5  # mistakes that one refusal names
 
 
 def available() -> list[str]:
@@ -36,13 +43,10 @@ def available() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
 
 
-def load(name: str, overrides: list[str] = ()) -> Recipe:
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or path and apply `section.key=value` overrides. Raises UserError with one sentence."""
     text, where = text_of(name)
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{where} is not valid TOML: {error}. Correct that line and start again.") from error
+    raw = tables.parse(text, where)
     for override in overrides:
         apply_override(raw, override)
     return parse(raw, where)
@@ -51,24 +55,25 @@ def load(name: str, overrides: list[str] = ()) -> Recipe:
 def text_of(name: str) -> tuple[str, str]:
     """(the text of a recipe by name or path as it stands, what to call it in a sentence). Raises UserError where there is none to read."""
     path = pathlib.Path(name)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise UserError(f"The recipe file {path} does not exist; give an existing .toml file or one of: {', '.join(available())}.")
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The recipe file {path} cannot be read ({error}); TOML is text in UTF-8.") from error
+    if path.suffix == ".toml" or os.path.exists(path):
+        if not os.path.isfile(path):
+            raise UserError(f"The recipe file {short(name)} does not exist; give an existing .toml file or one of: {', '.join(available())}.")
+        return tables.read(path), str(path)
     if name in available():
         return (resources.files("reflow") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
-    raise UserError(f"There is no recipe called '{name}'{nearest(name, available())}; the recipes here are: {', '.join(available())}.")
+    raise UserError(f"There is no recipe called '{short(name)}'{nearest(name, available())}; the recipes here are: {', '.join(available())}.")
 
 
 def parse(raw: dict[str, Any], where: str) -> Recipe:
     """Check a recipe's raw tables. Raises UserError naming the key, what was wrong and what to write."""
+    tables.check(raw, where)
     try:
         recipe = Recipe.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise UserError("; ".join(sentence(item, where) for item in error.errors())) from error
+        items = error.errors()
+        more = f"; and {len(items) - TOLD} more" if len(items) > TOLD else ""
+        raise UserError("; ".join(sentence(item, where) for item in items[:TOLD]) + more) from error
+    tables.check(recipe.resolved(), where)
     check(recipe, where)
     return recipe
 
@@ -80,9 +85,9 @@ def check(recipe: Recipe, where: str) -> None:
         if (stage.windows is None) == (stage.boundaries is None):
             raise UserError(f"{where}: {key} needs either 'windows' (how many) or 'boundaries' (their edges), and only one of them.")
         edges = stage.edges
-        if len(edges) < 2 or any(a <= b for a, b in zip(edges, edges[1:])) or edges[0] > 1 or edges[-1] < 0:
-            raise UserError(f"{where}: {key}.boundaries must fall from at most 1 (noise) to at least 0 (data); it is {list(edges)}.")
-        indices = min(round(1000 * a) - round(1000 * b) for a, b in zip(edges, edges[1:]))
+        if len(edges) < 2 or any(a <= b for a, b in itertools.pairwise(edges)) or edges[0] > 1 or edges[-1] < 0:
+            raise UserError(f"{where}: {key}.boundaries must fall from at most 1 (noise) to at least 0 (data); it is {quote(list(edges))}.")
+        indices = min(round(1000 * a) - round(1000 * b) for a, b in itertools.pairwise(edges))
         if stage.solver_steps > indices:
             raise UserError(f"{where}: {key}.solver_steps is {stage.solver_steps}, but its smallest window spans only {indices} schedule "
                             f"indices; write at most {indices}.")
@@ -90,7 +95,7 @@ def check(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {key}.teacher is 'previous', but the first stage has no previous student; write 'root'.")
         if stage.teacher == "previous" and not set(edges) <= set(recipe.stages[i - 1].edges):
             raise UserError(f"{where}: {key} merges windows of stage {i - 1}, so each of its boundaries must be one of that stage's "
-                            f"({list(recipe.stages[i - 1].edges)}); use teacher = 'root' or other windows.")
+                            f"({quote(list(recipe.stages[i - 1].edges))}); use teacher = 'root' or other windows.")
         if stage.samples < recipe.train.batch_size:
             raise UserError(f"{where}: {key}.samples is {stage.samples}, less than one batch of train.batch_size = {recipe.train.batch_size}; "
                             f"give every stage at least one batch.")
@@ -101,7 +106,7 @@ def check(recipe: Recipe, where: str) -> None:
                             f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
     check_memory(recipe, where)
     if recipe.data.sources and (recipe.data.path or recipe.data.source == "digits"):
-        other = f"data.path = '{recipe.data.path}'" if recipe.data.path else "data.source = 'digits', which lies in one place"
+        other = f"data.path = '{short(recipe.data.path)}'" if recipe.data.path else "data.source = 'digits', which lies in one place"
         raise UserError(f"{where}: data.sources stands beside {other}; write the one or the other (source = 'cache' or 'stream' for several places).")
     if recipe.model.compile and recipe.train.zero_stage == 3:
         raise UserError(f"{where}: model.compile = true cannot be used with train.zero_stage = 3, whose hooks gather weights inside the blocks that "
@@ -130,15 +135,15 @@ def check_memory(recipe: Recipe, where: str) -> None:
                         f"the student along; write offload = false and precision = 'bf16'.")
 
 
-def sentence(item: dict[str, Any], where: str) -> str:
+def sentence(item: Mapping[str, Any], where: str) -> str:
     """One pydantic error as a sentence for the person who wrote the recipe."""
-    key = ".".join(str(part) for part in item["loc"])
+    key = short(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
         known = list(fields_at(item["loc"][:-1]))
         return f"{where}: unknown key '{key}'{nearest(str(item['loc'][-1]), known)}; the keys there are: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{where}: the key '{key}' is missing"
-    return f"{where}: '{key}' = {item['input']!r} cannot be used: {item['msg'][0].lower() + item['msg'][1:]}"
+    return f"{where}: '{key}' = {quote(item['input'])} cannot be used: {item['msg'][0].lower() + item['msg'][1:]}"
 
 
 def fields_at(location: tuple[Any, ...]) -> list[str]:
@@ -154,7 +159,7 @@ def fields_at(location: tuple[Any, ...]) -> list[str]:
 
 def nearest(name: str, known: list[str]) -> str:
     """' (did you mean ...?)' for a misspelt name, else nothing."""
-    match = difflib.get_close_matches(name, known, n=1)
+    match = difflib.get_close_matches(short(name), known, n=1)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
@@ -162,22 +167,32 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Put `stages.0.samples=20000` into the raw tables; the value is TOML, and a bare word is a string."""
     key, eq, value = override.partition("=")
     if not eq:
-        raise UserError(f"--set {override}: write it as section.key=value, for example --set train.seed=1.")
+        raise UserError(f"--set {short(override)}: write it as section.key=value, for example --set train.seed=1.")
     try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
+        found = tables.parse(f"v = {value}", f"--set {short(override)}")
+    except UserError as error:
+        if not isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            raise
+        found = {}
+    parsed = found["v"] if found.keys() == {"v"} else value  # a second line is a part of the text, not another key
     node: Any = raw
     *parents, last = key.split(".")
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            node = node[place(part)] if isinstance(node, list) else node.setdefault(part, {})
         if isinstance(node, list):
-            node[int(last)] = parsed
+            node[place(last)] = parsed
         else:
             node[last] = parsed
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"--set {override}: there is no place '{key}' in the recipe; stages are numbered from 0.") from error
+        raise UserError(f"--set {short(override)}: there is no place '{short(key)}' in the recipe; stages are numbered from 0.") from error
+
+
+def place(text: str) -> int:
+    """A position in a list. Raises ValueError for everything else, positions from the end included."""
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
 
 
 def dump(recipe: Recipe) -> str:

@@ -18,6 +18,13 @@ def share_of_switch(value: Any) -> Any:
     return (EMA_WARMUP if value else 0.0) if isinstance(value, bool) else value
 
 
+def one_line(value: str) -> str:
+    """A name stands in paths, titles and the heads of cards."""
+    if not value.strip() or not value.isprintable():
+        raise ValueError("write a name of one line")
+    return value
+
+
 class Section(pydantic.BaseModel):
     # The line below a key is its description; reflow.recipes.keys makes KEYS.md of them.
     model_config = pydantic.ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -209,6 +216,8 @@ class Train(Section):
     """Stop when more samples than this are not finite."""
     deterministic: bool = True
     """Algorithms that repeat to the bit, so that a resumed run on a GPU equals an uninterrupted one."""
+    rank_patience: NonNegativeInt = 45
+    """Seconds that another rank may be stopped, gone or not heard before a rank ends with its name; a slow one is waited for. 0: for ever."""
 
 
 class Stage(Section):
@@ -249,7 +258,9 @@ class Stage(Section):
     @property
     def edges(self) -> tuple[float, ...]:
         """Window boundaries from t=1 (noise) down to t=0 (data)."""
-        return self.boundaries or tuple(1 - k / self.windows for k in range(self.windows)) + (0.0,)
+        if self.windows is None:
+            return self.boundaries or ()
+        return (*(1 - k / self.windows for k in range(self.windows)), 0.0)
 
 
 class Validate(Section):
@@ -294,7 +305,7 @@ class Log(Section):
 class Recipe(Section):
     """A whole run. `name` is free; everything that changes the result is below."""
 
-    name: str
+    name: Annotated[str, Field(max_length=100), pydantic.AfterValidator(one_line)]
     """Free; the run directory is `runs/<name>` where none is given."""
     model: Model = Model()
     data: Data = Data()

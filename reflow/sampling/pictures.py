@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from reflow.data.pictures import fit
+from reflow.outputs import written
 
 KEY = "reflow"
 GRID_SIDE = 4096  # pixels, at most
@@ -39,13 +42,15 @@ def write_png(picture: Image.Image, path: pathlib.Path, note: Mapping[str, Any])
     """Write a PNG with its note as text metadata (key "reflow", JSON). Raises FileExistsError if the file exists."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(dict(note)))
-    with open(path, "xb") as handle:
-        picture.save(handle, format="PNG", pnginfo=info)
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    with written(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
 def read_note(path: str | pathlib.Path) -> dict[str, Any]:
     """The note of :func:`write_png`; {} for a picture without one."""
-    with Image.open(path) as picture:
+    with Image.open(path, formats=("PNG",)) as picture:
         return json.loads(picture.info.get(KEY, "{}"))
 
 

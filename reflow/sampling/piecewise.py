@@ -10,12 +10,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
-from reflow.errors import UserError
+from reflow.errors import UserError, quote
 from reflow.flow.chord import PREDICTION_TYPES, ChordTable
-from reflow.flow.schedule import DiscreteVP, betas_from_config, network_time
+from reflow.flow.schedule import NETWORK_TIMES, DiscreteVP, betas_from_config, network_time
 from reflow.flow.windows import Windows
 
-NETWORK_TIMES = ("index", "perflow")
 # A diffusers base names its own parameterisation; on a window's chord the same network reads as these.
 FROM_BASE = {"epsilon": "ddim_eps", "v_prediction": "ddim_v"}
 # What the network's output is; a base may become a velocity student, but nothing else changes its kind.
@@ -30,11 +29,11 @@ def contradiction(stored: str | None, asked: str | None) -> str | None:
     """A sentence if a student of a model whose scheduler config stores one prediction_type cannot be read as the one
     that is asked for; None where it can, or where one of them is unknown. An eps network read as v, or the reverse,
     gives noise instead of images, with no other sign."""
-    was, now = (KINDS.get(FROM_BASE.get(name, name)) for name in (stored, asked))
+    was, now = (KINDS.get(FROM_BASE.get(str(name), str(name))) for name in (stored, asked))
     if was is None or now is None or was == now or (now == "velocity" and stored in FROM_BASE):
         return None
     return (
-        f"prediction_type is asked to be {asked!r}, but the config says {stored!r}, so these weights predict {was} and "
+        f"prediction_type is asked to be {asked!r}, but the config says {quote(stored)}, so these weights predict {was} and "
         f"not {now}. Leave prediction_type out, or give the config that belongs to the weights."
     )
 
@@ -79,18 +78,18 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         window_boundaries: Sequence[float] | None = None,
         network_time: str | None = None,
     ) -> None:
-        prediction_type = FROM_BASE.get(prediction_type, prediction_type)
+        prediction_type = FROM_BASE.get(str(prediction_type), prediction_type)
         if network_time is None:
             network_time = "perflow" if prediction_type == "diff_eps" else "index"
         if prediction_type not in PREDICTION_TYPES:
             raise StepsError(
-                f"PiecewiseFlowScheduler: prediction_type is {prediction_type!r}; use one of "
+                f"PiecewiseFlowScheduler: prediction_type is {quote(prediction_type)}; use one of "
                 f"{', '.join(PREDICTION_TYPES)}, or epsilon or v_prediction for a student that kept its base's "
                 "parameterisation."
             )
         if network_time not in NETWORK_TIMES:
             raise StepsError(
-                f"PiecewiseFlowScheduler: network_time is {network_time!r}; use 'index' (as diffusers bases are "
+                f"PiecewiseFlowScheduler: network_time is {quote(network_time)}; use 'index' (as diffusers bases are "
                 "trained) or 'perflow' (1000 t, as PeRFlow's published weights)."
             )
         try:
@@ -102,7 +101,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             schedule = DiscreteVP.from_config(self.config)
             # fp64: the coefficients of a step become Python floats, rounded once by the arithmetic itself.
             self._table = ChordTable(schedule, self.windows, prediction_type, device="cpu", dtype=torch.float64)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:  # a config's values may be of any type
             raise StepsError(f"PiecewiseFlowScheduler: {error}") from error
         self.register_to_config(
             prediction_type=prediction_type,
@@ -219,7 +218,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         times: list[float] = []
         window: list[int] = []
-        for k, (start, end) in enumerate(zip(self.windows.t_start, self.windows.t_end)):
+        for k, (start, end) in enumerate(zip(self.windows.t_start, self.windows.t_end, strict=True)):
             steps = num_inference_steps // count + (k < num_inference_steps % count)
             times += [start + (end - start) * i / steps for i in range(steps)]
             window += [k] * steps
@@ -235,7 +234,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         sample_coef, output_coef = self._table.velocity_coefficients(torch.tensor(window), t)
         dt = torch.tensor([*times[1:], self.windows.t_end[-1]], dtype=torch.float64) - t
-        self._steps = list(zip((1 + dt * sample_coef).tolist(), (dt * output_coef).tolist()))
+        self._steps = list(zip((1 + dt * sample_coef).tolist(), (dt * output_coef).tolist(), strict=True))
         self._times = times
         self._windows_of_steps = torch.tensor(window)
         self.num_inference_steps = num_inference_steps

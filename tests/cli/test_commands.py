@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import tiny_pipelines
 from reflow.commands import sample as sample_command
 from reflow.errors import UserError
 from reflow.models import family
@@ -212,7 +212,7 @@ def test_a_run_of_another_base_is_named(reflow, run_dir, here):
     state = load_file(file)
     state["conv_in.weight"] = torch.zeros(32, 5, 3, 3)
     save_file(state, file)
-    with pytest.raises(UserError, match="stage-2/unet_ema.safetensors does not fit the UNet of builtin .*conv_in"):
+    with pytest.raises(UserError, match="stage-2/unet_ema.safetensors does not fit the base.s UNet: .*conv_in"):
         reflow("sample", "--run-dir", other, "--prompt", SEVEN)
 
 

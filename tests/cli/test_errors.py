@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from reflow import cli, outputs
 from reflow.errors import UserError
@@ -45,7 +46,7 @@ def ends(monkeypatch, capsys):
         (errno.ENOSPC, "a/b: the disk is full; free some space, then give the same command again"),
         (errno.EROFS, "a/b: it lies on a file system that is mounted read-only; choose another place"),
         (errno.EACCES, "a/b: this user may not read or write there"),
-        (errno.ENOENT, "a/b: it does not exist; check the name"),
+        (errno.ENOENT, "a/b: its folder does not exist; check the name, or mount it again where it went away"),
         (errno.ELOOP, "a/b: .*; look at that place"),
     ],
 )
@@ -59,7 +60,7 @@ def test_a_failure_that_a_library_wraps_is_the_same_sentence(ends, tmp_path):
         save_file({"a": torch.zeros(3)}, tmp_path / "no folder" / "a.safetensors")
     assert not isinstance(caught.value, OSError)
     code, told = ends(caught.value)
-    assert code == 1 and "no folder" in told and "it does not exist; check the name" in told and told.count("\n") == 1
+    assert code == 1 and "no folder" in told and "its folder does not exist; check the name" in told and told.count("\n") == 1
 
 
 def test_what_should_not_happen_says_where_and_keeps_its_traceback(ends, tmp_path, monkeypatch):
@@ -98,10 +99,37 @@ def test_an_interruption_says_how_to_go_on(ends):
     assert code == 130 and told == "\nreflow: interrupted; the same command goes on.\n"
 
 
+@pytest.mark.parametrize("error", [UserError("No."), OSError(errno.ENOSPC, "full", "x"), ZeroDivisionError("x")])
+def test_an_error_beside_an_open_bar_starts_on_a_line_of_its_own(ends, capsys, error):
+    bar = tqdm(total=9, desc="a stage", file=sys.stderr, mininterval=0)
+    bar.update(3)
+    said = ends(error)[1]
+    assert bar.n == 3 and "a stage:" in said and re.search(r"\nreflow: .*\n$", said)
+    assert not tqdm._instances  # what close_bars looks at
+
+
 def test_an_error_of_another_rank_names_it(ends, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert ends(OSError(errno.ENOSPC, "full", "x"))[1].startswith("reflow (rank 3): x: the disk is full")
+
+
+def test_a_mistake_that_one_rank_alone_meets_is_said_by_it_after_the_first_had_its_time(ends, monkeypatch):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ends(UserError("No.")) == (2, "reflow (rank 1): No.\n") and slept == [3]
+
+
+@pytest.mark.parametrize("text", ["[pair.cc:553] Connection closed by peer [127.0.0.1]:20368. GLHF!", "read: Connection reset by peer",
+                                  "NCCL error: remote process exited or there was a network error"])
+def test_a_rank_that_others_left_alone_points_to_them_and_keeps_no_traceback(ends, monkeypatch, tmp_path, text):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ends(RuntimeError(text)) == (1, "reflow (rank 0): another rank of this run ended and left this one alone; what it said is the cause.\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_is_checked_and_leaves_nothing(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
+import tiny
 from reflow.errors import UserError
 from reflow.locks import alone
 from reflow.outputs import others

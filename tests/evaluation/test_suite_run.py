@@ -185,10 +185,10 @@ def test_damaged_weights(base, untrained, tmp_path):
     state = {k: v.clone() for k, v in base.unet.state_dict().items()}
     state["conv_in.weight"][0] = float("nan")
     suite = Suite(base, Settings(samples=60, seeds=1, batch=60))
-    with pytest.raises(UserError, match="student, 2 windows at 2 steps are not finite"):
+    with pytest.raises(UserError, match="1 tensors of .*stage-1/unet_ema.safetensors are not finite, the first is conv_in.weight"):
         suite.evaluate(open_run(make_run(tmp_path / "nan", [state])))
     other = make_run(tmp_path / "other", [{"x": torch.zeros(1)}])
-    with pytest.raises(UserError, match="stage-1/unet_ema.safetensors cannot be read as weights"):
+    with pytest.raises(UserError, match="stage-1/unet_ema.safetensors does not fit the base"):
         suite.evaluate(open_run(other))
     assert not (other / "report").exists()
 

@@ -9,9 +9,9 @@ import pathlib
 import re
 
 import pytest
-import tiny_pipelines
 import torch
 
+import tiny_pipelines
 from reflow.sampling import PiecewiseFlowScheduler
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "reflow" / "sampling" / "README.md"

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -16,6 +15,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.sampling import PiecewiseFlowScheduler, guidance_callback, guidance_scales
 

@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny_pipelines
 import torch
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.sampling import PiecewiseFlowScheduler
 

@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from PIL import Image
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, sample

@@ -6,10 +6,10 @@ import types
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 
+import tiny_pipelines
 from reflow.commands.sample import open_image
 from reflow.data.pictures import fit, upright
 from reflow.errors import UserError

@@ -1,9 +1,9 @@
 """The plain sampling loop against diffusers' own pipelines, and what evaluation relies on: seeds, batches, guidance."""
 
 import pytest
-import tiny_pipelines
 import torch
 
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.flow import Windows, index
 from reflow.models import denoise, family

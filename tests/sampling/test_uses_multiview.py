@@ -2,13 +2,13 @@
 Wonder3D."""
 
 import pytest
-import tiny_pipelines
 import torch
 
-from reflow.weights.delta import make_delta, merge
+import tiny_pipelines
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver, chord_loss
 from reflow.sampling import PiecewiseFlowScheduler
+from reflow.weights.delta import make_delta, merge
 from reflow_kernels import window_chord
 
 VIEWS, OBJECTS = 3, 2

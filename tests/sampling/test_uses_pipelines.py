@@ -3,7 +3,6 @@ ControlNet, IP-Adapter and LoRA. The model is a customised base with a student's
 
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from diffusers import (
     StableDiffusionControlNetPipeline,
@@ -16,6 +15,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
+import tiny_pipelines
 from reflow.models import family
 from reflow.sampling import PiecewiseFlowScheduler, guidance_callback, guidance_scales, initial_noise, sample
 from reflow.weights.delta import make_delta, merge
