@@ -31,6 +31,7 @@ FREE_KEYS = {
     "model.gradient_checkpointing": "the same blocks, computed a second time instead of kept",
     "model.compile": "the same blocks, fused otherwise",
     "train.rank_patience": "the same training, which ends sooner or later where a rank is gone",
+    "train.check_fit": "the same training, or none",
     "model.attention": "the same attention, by another kernel",
 }
 

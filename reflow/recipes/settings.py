@@ -218,6 +218,8 @@ class Train(Section):
     """Algorithms that repeat to the bit, so that a resumed run on a GPU equals an uninterrupted one."""
     rank_patience: NonNegativeInt = 45
     """Seconds that another rank may be stopped, gone or not heard before a rank ends with its name; a slow one is waited for. 0: for ever."""
+    check_fit: bool = True
+    """Refuse a run whose plan counts more memory or disk than there is; false: say so and start."""
 
 
 class Stage(Section):

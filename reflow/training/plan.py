@@ -173,14 +173,14 @@ def latent_of(recipe: Recipe, base: Base) -> tuple[int, int, int]:
     return base.latent_shape(getattr(recipe.data, "resolution", 0) or None)
 
 
-def counts_of(recipe: Recipe, base: Base, latent: tuple[int, int, int]) -> Counts:
+def counts_of(recipe: Recipe, base: Base, latent: tuple[int, int, int], passes: bool = True) -> Counts:
     """`count` of the recipe's student at its precision."""
     import torch
 
     model, text = recipe.model, base.configs["text_encoder"]
     lora = {"rank": model.lora_rank, "targets": model.lora_targets} if model.lora_rank else None
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-    return count(base.configs["unet"], latent, text.get("max_position_embeddings", 77), dtype, lora=lora)
+    return count(base.configs["unet"], latent, text.get("max_position_embeddings", 77), dtype, lora=lora, passes=passes)
 
 
 def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:

@@ -28,7 +28,7 @@ from reflow.outputs import others, write_text
 from reflow.ranks import barrier, need_equal
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
-from reflow.training import engine, loop, networks, pulse, rules, stages
+from reflow.training import engine, fit, loop, networks, pulse, rules, stages
 from reflow.training.progress import say
 from reflow.training.signals import Signals
 from reflow_kernels import backend_report
@@ -143,8 +143,11 @@ def told_of(recipe: Recipe, base: Base, data: Shaped) -> dict[str, str]:
             "the code of reflow": f"{reflow.__version__}, {short(b''.join(path.read_bytes() for path in code))}", "torch": torch.__version__}
 
 
-def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDataset | StreamDataset]:
-    """Join the other ranks and load what the recipe names: this rank's device, the base model and the data. Nothing is written."""
+def begin(recipe: Recipe, run_dir: pathlib.Path | None = None) -> tuple[torch.device, Base, LatentDataset | CachedDataset | StreamDataset]:
+    """Join the other ranks and load what the recipe names: this rank's device, the base model and the data. Nothing is written.
+
+    run_dir: where a training will write, which is refused first where it cannot fit.
+    """
     say(f"importing DeepSpeed and joining {os.environ.get('WORLD_SIZE', '1')} rank(s)")
     device = engine.init_distributed()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -154,6 +157,8 @@ def begin(recipe: Recipe) -> tuple[torch.device, Base, LatentDataset | CachedDat
     for op, backend, reason in backend_report(device):
         if backend == "none":
             raise UserError(f"The fused op {op} cannot run on {device}: {reason}")
+    if run_dir is not None:
+        fit.check(recipe, run_dir, device)
     say(f"loading the base {recipe.model.base}")
     base = load_base(recipe, device)
     stages.check_compatible(recipe, base.prediction_type)
@@ -172,7 +177,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
     changes = open_run_dir(run_dir, recipe, allow_config_change)
     with contextlib.ExitStack() as held:
         signals = signals or held.enter_context(Signals())
-        device, base, data = begin(recipe)
+        device, base, data = begin(recipe, run_dir)
         need_equal(told_of(recipe, base, data))
         say_free_changes(changes, data, allow_config_change)
         if dist.get_rank() == 0:
