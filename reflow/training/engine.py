@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.recipes.settings import Train
-from reflow.training import optimizers, shards
+from reflow.training import meeting, optimizers, shards
 from reflow.training.shards import Piece, Shards
 
 
@@ -58,29 +58,21 @@ def init_distributed() -> torch.device:
     if alone:
         # The address is nobody's: libraries want to read one, and a group of one needs no store that others can reach.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and any(name == "lo" for _, name in socket.if_nameindex()):
+    if meeting.on_loopback() and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it listens where the machine's own name leads, which it asks the DNS
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        if alone:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
+            store = dist.HashStore() if alone else meeting.store(deepspeed.constants.default_pg_timeout)
+            if store is not None:
+                dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        except (RuntimeError, ValueError) as error:  # torch's own kinds of a failed meeting are RuntimeErrors
-            raise UserError(meeting(error)) from error
+        except (OSError, RuntimeError, ValueError) as error:  # torch's own kinds of a failed meeting are RuntimeErrors
+            raise UserError(meeting.reason(error)) from error
         if cuda:
             settle(torch.device("cuda", torch.cuda.current_device()))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def meeting(error: Exception) -> str:
-    """Why the ranks could not meet, as a sentence."""
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-    cure = ("another process listens on that port; give the launcher another one (deepspeed --master_port 29501 ...)" if "EADDRINUSE" in why or
-            "in use" in why else "start all ranks with the same address and port, which each of them can reach (deepspeed --master_addr, --master_port)")
-    return f"Rank {os.environ.get('RANK')} cannot meet the others at {place}: {cure}. What torch says: {why}"
 
 
 def settle(device: torch.device) -> None:

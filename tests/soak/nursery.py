@@ -74,8 +74,9 @@ def run(words: list[str], folder: pathlib.Path, *, ranks: int = 1, rank: int = 0
         children[rank].join()
         for child in children:
             child.kill()
+    patience = 10 if any(child.exitcode for child in children) else 60  # a launcher ends the others of a rank that failed
     for child in children:
-        child.join(60)
+        child.join(patience)
         child.kill()  # only where it hangs
         child.join()
     said = "".join(place.read_text(errors="replace") for place in places if place.exists())

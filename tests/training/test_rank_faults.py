@@ -64,7 +64,7 @@ def two_ranks(folder, disturb):
     """A training on two ranks, with `disturb(pid of rank 1)` once it trains; what rank 0 does then."""
     recipe = folder / "tiny.toml"
     recipe.write_text(tiny.TINY)
-    run_dir, sets = folder / "run", ("stages.0.samples=640", "stages.1.samples=16", "checkpoint.every=16", "log.every=16", "validate.every=0",
+    run_dir, sets = folder / "run", ("stages.0.samples=640", "stages.1.samples=16", "checkpoint.every=160", "log.every=16", "validate.every=0",
                                      "train.rank_patience=4")
     words = ["train", "--recipe", str(recipe), "--run-dir", str(run_dir), *(w for s in sets for w in ("--set", s))]
     done = []

@@ -1,8 +1,17 @@
-"""A training of one process can be reached by nobody."""
+"""A training of one process can be reached by nobody, and the ranks of one machine by nobody else's."""
 
 import os
+import pathlib
 import subprocess
 import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "soak"))
+
+import nursery
+
+from reflow.training import meeting
 
 PROBE = """
 import psutil, torch
@@ -25,6 +34,47 @@ def test_one_process_listens_on_loopback_at_most():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=given, timeout=120)
     heard = next(line for line in done.stdout.splitlines() if line.startswith("LISTENS")).split()[1:]
     assert set(heard) <= {"127.0.0.1", "::1"}, heard
+
+
+def meet(rank, port, out):
+    """A rank of two, as a launcher on this machine starts it: what it then listens on, and a sum over both."""
+    import psutil
+    import torch
+    import torch.distributed as dist
+
+    from reflow.training import engine
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    total = torch.ones(1, device=engine.init_distributed())
+    dist.all_reduce(total)
+    heard = sorted({c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"})
+    pathlib.Path(out).write_text(f"{int(total)} {' '.join(heard)}")
+    dist.barrier()
+    os._exit(0)
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone(tmp_path):
+    nursery.ready()
+    port, places = nursery.free_port(), [tmp_path / "0", tmp_path / "1"]
+    children = [nursery.CONTEXT.Process(target=meet, args=(rank, port, str(place))) for rank, place in enumerate(places)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    assert [place.read_text() for place in places] == ["2 127.0.0.1"] * 2
+
+
+@pytest.mark.parametrize(("address", "agent", "ours"), [
+    ("127.0.0.1", "", True), ("localhost", "", True), ("127.3.2.1", "", True), ("::1", "", True), ("node1", "", False), ("10.0.0.1", "", False),
+    ("127.0.0.1", "True", False),
+])  # fmt: skip
+def test_ranks_meet_on_loopback_where_the_launcher_says_so(monkeypatch, address, agent, ours):
+    """Several machines, and torchrun's own agent, keep torch's store."""
+    for name, value in {"MASTER_ADDR": address, "TORCHELASTIC_USE_AGENT_STORE": agent, "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting.dist, "TCPStore", lambda host, *_, **__: host)
+    assert meeting.store(None) == ("127.0.0.1" if ours else None)
 
 
 COMMANDS = """
