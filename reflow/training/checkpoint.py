@@ -150,6 +150,8 @@ class Checkpoints:
                             f"trainable weights. Start with the recipe it was made with.")
         how = engine.load(engine_state)
         engine.scatter(averages, ema.average)
+        if dist.get_rank() == 0:
+            stored.prune(self.folder, path.name, self.keep, later=False)  # a kill after the last one was written left one too many
         mine = told[dist.get_rank()] if state.ranks == dist.get_world_size() else share(told)
         return {**state.model_dump(include={"stage", "step", "samples", "ranks", "zero_stage"}), "how": how}, mine
 

@@ -185,12 +185,13 @@ def _newest(folder: pathlib.Path) -> pathlib.Path | None:
     return path
 
 
-def prune(folder: pathlib.Path, kept: str, keep: int) -> None:
-    """Remove old checkpoints: `kept`, which was just written, and the `keep` - 1 whole ones before it stay, as does what has another name.
+def prune(folder: pathlib.Path, kept: str, keep: int, later: bool = True) -> None:
+    """Remove old checkpoints: `kept`, which is whole, and the `keep` - 1 whole ones before it stay, as does what has another name.
 
-    Those of later places are from an earlier pass over the stage and go first.
+    Those of later places are from an earlier pass over the stage and go first, unless they are not to be touched (`later`).
     """
-    order = sorted(found(folder), key=lambda path: (place(path.name) <= place(kept), place(path.name)))
+    order = sorted((path for path in found(folder) if later or place(path.name) <= place(kept)),
+                   key=lambda path: (place(path.name) <= place(kept), place(path.name)))
     whole_ones = [path for path in order if path.name == kept or whole(path)][-keep:]
     for path in order[:order.index(whole_ones[0])]:
         with contextlib.suppress(OSError):

@@ -233,6 +233,22 @@ def test_a_flipped_bit_ends_the_run_with_the_files_name_and_what_it_names_goes_o
     assert run.train(tiny.short(tmp_path, *SMALL), folder) == 0
 
 
+def test_what_a_kill_left_beyond_the_kept_ones_goes_when_the_run_goes_on(cut, tmp_path):
+    """A kill between the newest checkpoint's name in `latest` and the removal of the oldest, where no other checkpoint follows."""
+    folder, seen = tmp_path / "run", []
+    shutil.copytree(cut, folder)
+    recipe = tiny.short(tmp_path, *SMALL, "checkpoint.keep=1", "checkpoint.every=0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "stop_if_skipped", lambda *_: seen.append([p.name for p in stored.found(folder / "checkpoints")]))
+        assert run.train(recipe, folder) == 0
+    assert seen[0] == ["stage-1-000000032"]
+    # One that was rolled back by hand keeps what lies beyond it until the next checkpoint is written.
+    for path in (write(tmp_path, samples=n) for n in (16, 32, 48)):
+        assert path.exists()
+    stored.prune(tmp_path, "stage-1-000000032", 1, later=False)
+    assert [p.name for p in stored.found(tmp_path)] == ["stage-1-000000032", "stage-1-000000048"]
+
+
 def test_a_checkpoint_of_another_network_windows_or_place_is_refused(cut, tmp_path):
     folder = tmp_path / "run"
     path, recipe = folder / "checkpoints" / "stage-1-000000032", tiny.short(tmp_path, *SMALL)
