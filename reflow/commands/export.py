@@ -85,7 +85,7 @@ def write(args: argparse.Namespace) -> pathlib.Path:
     settings, stage = reading_of(weights, recipe), stage_of(weights)
     says = student_metadata(
         **settings, recipe=recipe.name, stage=stage, family=recipe.model.family, base=recipe.model.base,
-        guidance_scale=recipe.validate_.guidance_scale, teacher_guidance_scale=recipe.teacher.guidance_scale,
+        guidance_scale=recipe.validate_.guidance_scale, teacher_guidance_scale=recipe.guidance_of(stage - 1),
     )  # fmt: skip
     base = family_for(recipe.model).load(base_path(recipe.model), parts=())
     says["base_prediction_type"] = base.prediction_type
@@ -205,7 +205,7 @@ def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict
         "family": public_name(recipe.model.family),
         "recipe": f"Stage {stage} of {len(recipe.stages)}, reflow {reflow.__version__}.\n\n```toml\n{toml}```",
         "data": DIGITS_DATA if recipe.data.source == "digits" else f"{recipe.data.source}: {data}",
-        "guidance": guidance_card(recipe.validate_.guidance_scale, recipe.teacher.guidance_scale),
+        "guidance": guidance_card(recipe.validate_.guidance_scale, recipe.guidance_of(stage - 1)),
     }
     if builtin:
         card["license"] = "apache-2.0"

@@ -51,7 +51,19 @@ def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite
             f"--device {device} needs a GPU that PyTorch can use, and there is none; write cpu or leave it out."
         )
     base = registry.family("digits").load(run.recipe.model.base, device=device)
-    return Suite(base, settings, guidance_scale=run.recipe.teacher.guidance_scale)
+    return Suite(base, settings, guidance_scale=learnt_guidance(run))
+
+
+def learnt_guidance(run: Run) -> float:
+    """The guidance that all students of a run have learnt, and their teacher is sampled with. Raises UserError for several."""
+    scales = {student.stage + 1: run.recipe.guidance_of(student.stage) for student in run.students}
+    if len(set(scales.values())) > 1:
+        said = ", ".join(f"stage {stage} guidance {scale:g}" for stage, scale in scales.items())
+        raise UserError(
+            f"The students of {run.folder} have learnt different guidances ({said}), and a report compares them with one"
+            " teacher; move the folders of the stages that it should leave out."
+        )
+    return next(iter(scales.values()))
 
 
 def make(

@@ -11,6 +11,7 @@ from .objective import (
     schedule_loss,
     schedule_point,
     time_weight,
+    window_weight,
 )
 from .schedule import EDM, VE, ContinuousVP, DiscreteVP, Rectified, Schedule, index, network_time
 from .solver import WindowSolver
@@ -36,4 +37,5 @@ __all__ = [
     "schedule_point",
     "snap",
     "time_weight",
+    "window_weight",
 ]

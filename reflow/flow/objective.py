@@ -16,10 +16,14 @@ from reflow_kernels import AlignedVLoss, aligned_v_loss
 from .chord import ChordTable
 from .prediction import ddim_coefficients, expand
 
-TIME_DENSITIES = ("uniform", "u_shaped", "window_start")
+TIME_DENSITIES = ("uniform", "u_shaped", "window_start", "exponential")
 LOSSES = ("aligned_v", "mse", "pseudo_huber")
 SPACES = ("velocity", "eps")
 TIME_WEIGHTS = ("none", "reciprocal", "rcp_win")
+WINDOW_WEIGHTS = ("none", "speed")
+NORMALIZATIONS = ("none", "loss")
+# Added to a loss that a sample is divided by: below it errors count as they are, and gradients stay bounded.
+NORMAL_FLOOR = 1e-6
 # Pseudo-Huber constants: per element as in PeRFlow and Rectified Diffusion, per sample and dimension as in rfpp.
 HUBER_C = {"element": 1e-3, "sample": 5.4e-4}
 _BELOW_ONE = 1.0 - 2.0**-24
@@ -43,14 +47,18 @@ def sample_tau(
                     the window (arXiv 2405.20320, code; the paper prints a one-sided form).
     "window_start"  the start itself for `share` of the samples, the rest uniform over [0, upper): a few-step student
                     is used at the starts, and the second half of a window hurts most.
+    "exponential"   a e^{-a tau} / (1 - e^{-a}) with a = `sharpness`: most at the start, everywhere some. Simple
+                    ReFlow's 10^t (arXiv 2410.07815) is a = ln 10; that it runs towards the noisy end is inferred.
     """
     _check(kind, TIME_DENSITIES, "time_density")
     choice, place = u[..., 0], u[..., 1]
     if kind == "uniform":
         return place.clone()
-    if kind == "u_shaped":
+    if kind in ("u_shaped", "exponential"):
         if not sharpness > 0:
-            raise ValueError(f'"u_shaped" has sharpness {sharpness}; it must be above 0 (rfpp uses 4).')
+            raise ValueError(f'"{kind}" has sharpness {sharpness}; it must be above 0 (rfpp uses 4).')
+        if kind == "exponential":
+            return (-torch.log1p(place * math.expm1(-sharpness)) / sharpness).clamp(0.0, _BELOW_ONE)
         one_sided = torch.log1p(place * math.expm1(sharpness)) / sharpness
         return torch.where(choice < 0.5, one_sided, 1.0 - one_sided).clamp(0.0, _BELOW_ONE)
     if not (0.0 <= share <= 1.0 and 0.0 < upper <= 1.0):
@@ -78,6 +86,19 @@ def time_weight(kind: str, table: ChordTable, window: Tensor, t: Tensor) -> Tens
     return table.t_start[window] / table.t_start.mean()
 
 
+def window_weight(kind: str, table: ChordTable, window: Tensor) -> Tensor | None:
+    """[B] loss weight by window; None for "none".
+
+    "speed": mean over all windows of their squared speeds, over the window's own. The squared velocity of the cleanest
+    window is 11 (4 windows) to 26 times (8) that of the noisiest, and an unweighted loss counts equal shares so.
+    """
+    _check(kind, WINDOW_WEIGHTS, "window_weight")
+    if kind == "none":
+        return None
+    square = table.speed**2
+    return square.mean() / square[window]
+
+
 def chord_loss(
     output: Tensor,
     target_velocity: Tensor,
@@ -93,6 +114,7 @@ def chord_loss(
     weight: Tensor | None = None,
     huber_c: float | None = None,
     huber_norm: str = "element",
+    normalize: str = "none",
 ) -> AlignedVLoss:
     """The student's chord velocity, read from `output` at z_t by `table`, against the window's (z_end - z_start)/dt.
 
@@ -106,7 +128,10 @@ def chord_loss(
     direction_scale: "speed" takes a = direction_weight * speed^2 of the sample's window, which multiplies the
         direction part of the mse by 1 + direction_weight/2 in every window; "none" takes direction_weight as it is,
         which boosts the direction ~11 (K=4) to ~26 (K=8) times more in the noisiest window than in the cleanest.
+    normalize: "loss" divides each sample's loss by its own detached value (Simple ReFlow, arXiv 2410.07815), before
+        `weight`: the gradient is that of its logarithm, and the loss is near the mean weight whatever was learnt.
     """
+    _check(normalize, NORMALIZATIONS, "normalize")
     _check(kind, LOSSES, "loss")
     _check(space, SPACES, "loss_space")
     _check(direction_scale, ("speed", "none"), "direction_scale")
@@ -114,13 +139,13 @@ def chord_loss(
     factor = table.eps_weight(window, t) if space == "eps" else None
     if kind == "pseudo_huber":
         scale = None if factor is None else factor.sqrt()
-        return _pseudo_huber(output, target_velocity, z_t, coefficients, scale, weight, huber_c, huber_norm)
-    if factor is not None:
+        return _pseudo_huber(output, target_velocity, z_t, coefficients, scale, weight, huber_c, huber_norm, normalize)
+    if factor is not None and normalize == "none":  # else it divides itself out
         weight = factor if weight is None else factor * weight
     direction: float | Tensor = 0.0
     if kind == "aligned_v":
         direction = direction_weight * table.speed[window] ** 2 if direction_scale == "speed" else direction_weight
-    return _aligned(output, target_velocity, z_t, coefficients, direction, weight)
+    return _aligned(output, target_velocity, z_t, coefficients, direction, weight, normalize)
 
 
 def schedule_point(table: ChordTable, z_start: Tensor, z_end: Tensor, window: Tensor, t: Tensor) -> Tensor:
@@ -164,17 +189,19 @@ def schedule_loss(
     weight: Tensor | None = None,
     huber_c: float | None = None,
     huber_norm: str = "element",
+    normalize: str = "none",
 ) -> AlignedVLoss:
     """Phased rectified diffusion's loss: z_end^ of a point on the noise schedule against the teacher's z_end.
 
-    Shapes as in chord_loss; kind "pseudo_huber" (the paper's) or "mse". mse, magnitude and cosine are those of z_end.
-    t should lie above t_end: at the window's end nothing is left to predict.
+    Shapes and normalize as in chord_loss; kind "pseudo_huber" (the paper's) or "mse". mse, magnitude and cosine are
+    those of z_end. t should lie above t_end: at the window's end nothing is left to predict.
     """
     _check(kind, ("pseudo_huber", "mse"), "loss")
+    _check(normalize, NORMALIZATIONS, "normalize")
     coefficients = schedule_end_coefficients(table, window, t)
     if kind == "mse":
-        return _aligned(output, z_end, z_t, coefficients, 0.0, weight)
-    return _pseudo_huber(output, z_end, z_t, coefficients, None, weight, huber_c, huber_norm)
+        return _aligned(output, z_end, z_t, coefficients, 0.0, weight, normalize)
+    return _pseudo_huber(output, z_end, z_t, coefficients, None, weight, huber_c, huber_norm, normalize)
 
 
 def _aligned(
@@ -184,7 +211,13 @@ def _aligned(
     coefficients: tuple[Tensor, Tensor] | None,
     direction_weight: float | Tensor,
     weight: Tensor | None,
+    normalize: str = "none",
 ) -> AlignedVLoss:
+    if normalize == "loss":
+        with torch.no_grad():
+            parts = _aligned(output.detach(), target, sample, coefficients, direction_weight, None)
+            own = 1.0 / (parts.mse + direction_weight * (1.0 - parts.cosine) + NORMAL_FLOOR)
+        weight = own if weight is None else own * weight
     if coefficients is None:
         return aligned_v_loss(output, target, direction_weight=direction_weight, weight=weight)
     return aligned_v_loss(
@@ -207,6 +240,7 @@ def _pseudo_huber(
     weight: Tensor | None,
     c: float | None,
     norm: str,
+    normalize: str = "none",
 ) -> AlignedVLoss:
     _check(norm, tuple(HUBER_C), "huber_norm")
     c = HUBER_C[norm] if c is None else c
@@ -225,6 +259,8 @@ def _pseudo_huber(
     else:
         size = math.prod(error.shape[1:])
         rows = _huber(error.flatten(1).square().sum(1), c * size) / size
+    if normalize == "loss":
+        rows = rows / (rows.detach() + NORMAL_FLOOR)
     if weight is not None:
         rows = rows * weight
     loss = rows.mean() if rows.numel() else rows.sum()

@@ -102,7 +102,9 @@ def check(recipe: Recipe, where: str) -> None:
                             f"give every stage at least one batch.")
         if recipe.train.micro_batch % stage.chords_per_solve:
             raise UserError(f"{where}: {key}.chords_per_solve = {stage.chords_per_solve} must divide train.micro_batch = {recipe.train.micro_batch}.")
-        if recipe.objective.points == "schedule" and recipe.stage_value(i, "objective", "loss") == "aligned_v":
+        check_own(recipe, i, where)
+        objective = recipe.of_stage(i).objective
+        if objective.points == "schedule" and objective.loss == "aligned_v":
             raise UserError(f"{where}: {key} has loss 'aligned_v' with objective.points = 'schedule', whose target is the window's end and no "
                             f"velocity; write loss = 'pseudo_huber' or 'mse', or points = 'chord'.")
     check_memory(recipe, where)
@@ -114,9 +116,40 @@ def check(recipe: Recipe, where: str) -> None:
                         f"are compiled; write compile = false, or zero_stage 0 to 2.")
     if recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"{where}: train.micro_batch = {recipe.train.micro_batch} must divide train.batch_size = {recipe.train.batch_size}.")
-    if recipe.objective.points == "schedule" and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):
+    on_schedule = any(recipe.of_stage(i).objective.points == "schedule" for i in range(len(recipe.stages)))
+    if on_schedule and recipe.student.prediction_type not in ("ddim_eps", "ddim_v"):
         raise UserError(f"{where}: objective.points = 'schedule' needs student.prediction_type 'ddim_eps' or 'ddim_v', "
                         f"not '{recipe.student.prediction_type}'.")
+
+
+# Keys of a stage that say nothing unless another has one of these values.
+NEEDS = {
+    ("time_share", "time_upper"): ("objective", "time_density", ("window_start",)),
+    ("time_sharpness",): ("objective", "time_density", ("u_shaped", "exponential")),
+    ("direction_weight", "direction_norm"): ("objective", "loss", ("aligned_v",)),
+    ("huber_c", "huber_norm"): ("objective", "loss", ("pseudo_huber",)),
+    ("starts_share",): ("objective", "starts", ("noise",)),
+    ("space",): ("objective", "points", ("chord",)),
+}
+
+
+def check_own(recipe: Recipe, index: int, where: str) -> None:
+    """Refuse keys of a stage's own that its other values leave without a meaning."""
+    stage, staged = recipe.stages[index], recipe.of_stage(index)
+    for keys, (section, other, values) in NEEDS.items():
+        found = getattr(getattr(staged, section), other)
+        own = next((key for key in keys if getattr(stage, key) is not None), None)
+        if own and found not in values:
+            wanted = " or ".join(f"'{value}'" for value in values)
+            raise UserError(f"{where}: stages.{index}.{own} counts with {other} = {wanted} only, and the stage has {other} = '{found}'; "
+                            f"leave it out, or write stages.{index}.{other}.")
+    own = next((key for key in ("guidance_scale", "method") if getattr(stage, key) is not None), None)
+    if own and stage.teacher == "previous":
+        raise UserError(f"{where}: stages.{index}.{own} is of the root's solves, and this stage is taught by the student before it, "
+                        f"which has learnt its guidance; leave it out, or write teacher = 'root'.")
+    if staged.objective.starts_share < 1 and staged.objective.starts != "noise" and stage.starts is None:
+        raise UserError(f"{where}: objective.starts_share = {staged.objective.starts_share:g} is the share of trajectories from noise, and "
+                        f"objective.starts is 'data'; write starts = 'noise', or leave the share out.")
 
 
 def check_memory(recipe: Recipe, where: str) -> None:

@@ -10,6 +10,17 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Loss = Literal["aligned_v", "mse", "pseudo_huber"]
+Method = Literal["ddim", "euler", "heun"]
+Space = Literal["velocity", "eps"]
+DirectionNorm = Literal["window_speed", "none"]
+HuberNorm = Literal["element", "sample"]
+Normalize = Literal["none", "loss"]
+TimeWeight = Literal["none", "reciprocal", "rcp_win"]
+WindowWeight = Literal["none", "speed"]
+Points = Literal["chord", "schedule"]
+Starts = Literal["data", "noise"]
+Density = Literal["uniform", "u_shaped", "window_start", "exponential"]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 EMA_WARMUP = 0.1
 
 
@@ -124,7 +135,7 @@ class Student(Section):
 class Teacher(Section):
     """How a frozen network solves its ODE inside a window."""
 
-    method: Literal["ddim", "euler", "heun"] = "ddim"
+    method: Method = "ddim"
     """euler is the same step as ddim; heun asks the network twice a step."""
     guidance_scale: float = 1.0
     """1: the unconditional half is not computed; guide at inference instead (PeRFlow's CFG-sync)."""
@@ -147,30 +158,36 @@ class Objective(Section):
 
     loss: Loss = "aligned_v"
     """aligned_v: mean squared velocity error + `direction_weight` (1 - cosine)."""
-    space: Literal["velocity", "eps"] = "velocity"
+    space: Space = "velocity"
     """eps weights times as a noise-matching loss does."""
     direction_weight: NonNegativeFloat = 1.0
     """Of aligned_v; 1 multiplies the direction part of the error by 1.5 in every window."""
-    direction_norm: Literal["window_speed", "none"] = "window_speed"
+    direction_norm: DirectionNorm = "window_speed"
     """window_speed scales the weight by the window's own squared speed; none takes it as it is."""
     huber_c: PositiveFloat = 0.001
     """Of pseudo_huber."""
-    huber_norm: Literal["element", "sample"] = "element"
+    huber_norm: HuberNorm = "element"
     """Of pseudo_huber: of every element, or of the whole sample."""
-    time_weight: Literal["none", "reciprocal", "rcp_win"] = "none"
+    normalize: Normalize = "none"
+    """loss divides every sample's loss by its own value, so that hard and easy windows count alike; the logged loss is then near 1."""
+    time_weight: TimeWeight = "none"
     """Weight of times; rcp_win is of PeRFlow's SDXL code."""
-    points: Literal["chord", "schedule"] = "chord"
+    window_weight: WindowWeight = "none"
+    """speed weighs a window by the mean squared speed of all over its own: errors count as shares of what a window moves."""
+    points: Points = "chord"
     """Straight in z between the window's ends; "schedule" is phased rectified diffusion, without aligned_v."""
-    starts: Literal["data", "noise"] = "data"
+    starts: Starts = "data"
     """Windows start at noised real latents; "noise" takes the teacher's own trajectories."""
-    time_density: Literal["uniform", "u_shaped", "window_start"] = "window_start"
+    starts_share: Share = 1.0
+    """Of starts = "noise": share of trajectories from noise; the others start each window at one noised real latent."""
+    time_density: Density = "window_start"
     """Where in a window the student trains."""
     time_share: Fraction = 0.5
     """Of window_start: this share exactly at the start, where a K-step student is used ..."""
-    time_upper: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    time_upper: Share = 0.7
     """... and the rest uniform over this first part of the window."""
     time_sharpness: PositiveFloat = 4.0
-    """Of u_shaped."""
+    """Of u_shaped and exponential: density e^(-a tau) from the window's start; 2.303 falls to a tenth at its end."""
     time_grid: NonNegativeInt = 1000
     """Times lie on a grid of so many steps, so that the network's time is exact; 0: anywhere."""
 
@@ -222,8 +239,11 @@ class Train(Section):
     """Refuse a run whose plan counts more memory or disk than there is; false: say so and start."""
 
 
+STAGE_SECTIONS = ("teacher", "objective", "train")  # of which a stage may have keys of its own
+
+
 class Stage(Section):
-    """One pass of progressive reflow. learning_rate, warmup, loss and direction_weight override the sections' values for this stage."""
+    """One pass of progressive reflow. Keys that a section has too override the section's value for this stage."""
 
     windows: Annotated[int, Field(ge=1, le=1000)] | None = None
     """How many, of equal width; a stage needs either this or `boundaries`."""
@@ -245,12 +265,46 @@ class Stage(Section):
     """Points that are taken from every solved window; divides `train.micro_batch`."""
     learning_rate: PositiveFloat | None = None
     """This stage's own `train.learning_rate`."""
-    loss: Loss | None = None
-    """This stage's own `objective.loss`."""
-    direction_weight: NonNegativeFloat | None = None
-    """This stage's own `objective.direction_weight`."""
     warmup: NonNegativeInt | None = None
     """This stage's own `train.warmup`."""
+    method: Method | None = None
+    """This stage's own `teacher.method`."""
+    guidance_scale: float | None = None
+    """This stage's own `teacher.guidance_scale`."""
+    drops_captions: bool | None = None
+    """This stage's own `teacher.drops_captions`."""
+    loss: Loss | None = None
+    """This stage's own `objective.loss`."""
+    space: Space | None = None
+    """This stage's own `objective.space`."""
+    direction_weight: NonNegativeFloat | None = None
+    """This stage's own `objective.direction_weight`."""
+    direction_norm: DirectionNorm | None = None
+    """This stage's own `objective.direction_norm`."""
+    huber_c: PositiveFloat | None = None
+    """This stage's own `objective.huber_c`."""
+    huber_norm: HuberNorm | None = None
+    """This stage's own `objective.huber_norm`."""
+    normalize: Normalize | None = None
+    """This stage's own `objective.normalize`."""
+    time_weight: TimeWeight | None = None
+    """This stage's own `objective.time_weight`."""
+    window_weight: WindowWeight | None = None
+    """This stage's own `objective.window_weight`."""
+    points: Points | None = None
+    """This stage's own `objective.points`."""
+    starts: Starts | None = None
+    """This stage's own `objective.starts`."""
+    starts_share: Share | None = None
+    """This stage's own `objective.starts_share`."""
+    time_density: Density | None = None
+    """This stage's own `objective.time_density`."""
+    time_share: Fraction | None = None
+    """This stage's own `objective.time_share`."""
+    time_upper: Share | None = None
+    """This stage's own `objective.time_upper`."""
+    time_sharpness: PositiveFloat | None = None
+    """This stage's own `objective.time_sharpness`."""
 
     @property
     def stored(self) -> bool:
@@ -320,10 +374,20 @@ class Recipe(Section):
     log: Log = Log()
     stages: Annotated[list[Stage], Field(min_length=1)]
 
-    def stage_value(self, index: int, section: str, key: str) -> Any:
-        """The stage's own value of a key, else the section's."""
-        own = getattr(self.stages[index], key, None)
-        return getattr(getattr(self, section), key) if own is None else own
+    def of_stage(self, index: int) -> Recipe:
+        """The recipe as stage `index` has it: its own values in the places of the sections'."""
+        stage, changed = self.stages[index], {}
+        for name in STAGE_SECTIONS:
+            section: Section = getattr(self, name)
+            shared = type(section).model_fields.keys() & Stage.model_fields.keys()
+            changed[name] = section.model_copy(update={key: getattr(stage, key) for key in shared if getattr(stage, key) is not None})
+        return self.model_copy(update=changed)
+
+    def guidance_of(self, index: int) -> float:
+        """The guidance that the student of stage `index` has learnt: of the root stage that its teachers go back to."""
+        while self.stages[index].teacher == "previous":
+            index -= 1
+        return self.of_stage(index).teacher.guidance_scale
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as written to the run directory."""

@@ -28,12 +28,9 @@ def check(recipe: Recipe, run_dir: pathlib.Path, device: torch.device) -> None:
     """
     try:
         base, _ = plan.find_base(recipe)
+        latent, counts = plan.sized(recipe, base, passes=device.type == "cuda" and not recipe.model.compile)
     except UserError:
         return  # the base comes from the hub, or loading it says what is wrong
-    if not {"unet", "text_encoder"} <= base.configs.keys():
-        return
-    latent = plan.latent_of(recipe, base)
-    counts = plan.counts_of(recipe, base, latent, passes=device.type == "cuda" and not recipe.model.compile)
     short = [*of_device(recipe, counts, device), *of_machine(recipe, counts, device)]
     if dist.get_rank() == 0:
         short += of_disk(recipe, counts, latent, run_dir)

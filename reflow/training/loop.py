@@ -84,7 +84,8 @@ class Loop:
         return math.ceil(self.recipe.stages[stage].samples / self.recipe.train.batch_size)
 
     def run_stage(self, index: int, before: int, resume: pathlib.Path | None) -> None:
-        recipe, train, stage = self.recipe, self.recipe.train, self.recipe.stages[index]
+        recipe = self.recipe.of_stage(index)
+        train, stage = recipe.train, recipe.stages[index]
         say(f"stage {index + 1}: making teacher and student")
         flow = stages.build(recipe, index, self.schedule, self.base.prediction_type, self.device)
         solver = Solver(recipe, flow, self.data, self.networks.teacher(index), self.device)
@@ -115,8 +116,7 @@ class Loop:
         while step < steps:
             done = step * train.batch_size
             rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
-            rate = optimizers.learning_rate(recipe.stage_value(index, "train", "learning_rate"), train.schedule,
-                                            recipe.stage_value(index, "train", "warmup"), total, done, train.batch_size)
+            rate = optimizers.learning_rate(train.learning_rate, train.schedule, train.warmup, total, done, train.batch_size)
             for samples in rows:
                 with clock.part("data" if stage.stored else "teacher"):
                     solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
@@ -177,7 +177,7 @@ class Loop:
     def micro_step(self, engine: Engine, flow: stages.StageFlow, solved: Solved, samples: list[int], rate: float, meter: Meter,
                    clock: Clock, step: int) -> bool:
         """One forward and backward over `samples`; the last of an accumulation steps the optimizer, or returns False where it could not."""
-        recipe, table, chords = self.recipe, flow.table, flow.stage.chords_per_solve
+        recipe, table, chords = flow.recipe, flow.table, flow.stage.chords_per_solve
         with clock.part("data"):
             draws = sampler.chord_draws(recipe.train.seed, flow.index, samples).to(self.device)
         with clock.part("student"):
@@ -190,9 +190,7 @@ class Loop:
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
             good = good[copies] & usable(output.detach())
             output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
-            result = targets.loss(output, points, table, recipe.objective, weight=good.float(),
-                                  kind=recipe.stage_value(flow.index, "objective", "loss"),
-                                  direction_weight=recipe.stage_value(flow.index, "objective", "direction_weight"))
+            result = targets.loss(output, points, table, recipe.objective, weight=good.float())
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)
             engine.backward(result.loss)
         with clock.part("optimizer"):

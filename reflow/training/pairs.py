@@ -43,6 +43,8 @@ def describe(solver: Solver) -> dict[str, Any]:
         "teacher's weights": digest(v for k, v in solver.teacher.state_dict().items() if "lora_" not in k),
         "data": digest(_tensors(solver)),
     }
+    if recipe.objective.starts == "noise" and recipe.objective.starts_share < 1:
+        told["objective.starts_share"] = recipe.objective.starts_share
     if solver.share > 1:
         told["pairs of one trajectory"] = solver.share
     if flow.stage.teacher == "previous":

@@ -15,6 +15,7 @@ from reflow.training import stages
 from reflow.training.counts import Counts, count
 from reflow.training.ema import half_life_at
 from reflow.training.solves import windows_solved
+from reflow.weights.guard import REMEDY, reason_of
 
 GIB = 2**30
 CARDS = (24, 48, 80, 141)
@@ -28,8 +29,7 @@ def describe(recipe: Recipe) -> str:
 
     base, note = find_base(recipe)
     stages.check_compatible(recipe, base.prediction_type)
-    latent = latent_of(recipe, base)
-    counts = counts_of(recipe, base, latent)
+    latent, counts = sized(recipe, base)
     trained = "" if counts.trained == counts.parameters else f", beside which a LoRA trains {counts.trained:,}"
     lines = ([note] if note else []) + [f"network: {counts.parameters:,} parameters ({recipe.model.family}, {base.prediction_type}){trained}"]
     side = " x ".join(str(n * base.vae_scale_factor) for n in latent[1:])
@@ -158,6 +158,18 @@ def downloaded(name: str) -> Path | None:
         return None
 
 
+def sized(recipe: Recipe, base: Base, passes: bool = True) -> tuple[tuple[int, int, int], Counts]:
+    """`latent_of` and `counts_of`. Raises UserError where the base's configs, which may be anybody's, describe no network."""
+    try:
+        latent = latent_of(recipe, base)
+        return latent, counts_of(recipe, base, latent, passes=passes)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"The configs of the base {recipe.model.base} describe no network of the family {recipe.model.family} that can be planned "
+                        f"({reason_of(error)}). {REMEDY}") from error
+
+
 def latent_of(recipe: Recipe, base: Base) -> tuple[int, int, int]:
     """(C, h, w) of the largest latent of the recipe's data; where that is not on this disk, of the base's own resolution."""
     if recipe.data.source == "cache":
@@ -195,9 +207,9 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:
 
 def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -> tuple[float, int]:
     """(network rows of the teacher a student sample, windows that are kept) of a stage."""
-    stage = recipe.stages[index]
+    stage, objective = recipe.stages[index], flow.recipe.objective
     kept = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
-    solved = kept if recipe.objective.starts == "data" else windows_solved(flow.active.tolist(), kept, batch_of(recipe, index, flow))
+    solved = kept if objective.starts == "data" else windows_solved(flow.active.tolist(), kept, batch_of(recipe, index, flow), objective.starts_share)
     return solved * flow.solver.evaluations / stage.samples, kept
 
 
@@ -209,13 +221,14 @@ def batch_of(recipe: Recipe, index: int, flow: stages.StageFlow) -> int:
 
 def cut_said(recipe: Recipe, index: int, flow: stages.StageFlow) -> str:
     """What it costs that micro-batches cut the teacher's trajectories from noise; '' where they do not."""
-    stage, share = recipe.stages[index], len(flow.active)
-    if recipe.objective.starts == "data" or stage.stored or not batch_of(recipe, index, flow) % share:
+    stage, count = recipe.stages[index], len(flow.active)
+    if flow.recipe.objective.starts == "data" or stage.stored or not batch_of(recipe, index, flow) % count:
         return ""
     solves = -(-stage.samples // stage.chords_per_solve)
-    least, real = (windows_solved(flow.active.tolist(), solves, part) for part in (share, batch_of(recipe, index, flow)))
-    return (f"; micro-batches of {batch_of(recipe, index, flow)} solves cut trajectories of {share} windows, which costs {real / least:.3g} times the "
-            f"solves: make train.micro_batch a multiple of {share * stage.chords_per_solve}")
+    share = flow.recipe.objective.starts_share
+    least, real = (windows_solved(flow.active.tolist(), solves, part, share) for part in (count, batch_of(recipe, index, flow)))
+    return (f"; micro-batches of {batch_of(recipe, index, flow)} solves cut trajectories of {count} windows, which costs {real / least:.3g} times the "
+            f"solves: make train.micro_batch a multiple of {count * stage.chords_per_solve}")
 
 
 def state_bytes(optimizer: str) -> float:

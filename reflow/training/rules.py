@@ -27,7 +27,7 @@ class Rule:
 RULES = (
     Rule("ema", 2, "train.ema_warmup is now a share of the samples done", lambda r: r.train.ema_half_life > 0 and r.train.ema_warmup > 0),
     Rule("noise", 2, "objective.starts = 'noise' now makes a pair of every window of a trajectory, so samples come in another order",
-         lambda r: r.objective.starts == "noise" and any(len(stage.edges) > 2 for stage in r.stages)),
+         lambda r: any(r.of_stage(i).objective.starts == "noise" and len(stage.edges) > 2 for i, stage in enumerate(r.stages))),
 )
 
 

@@ -87,7 +87,7 @@ def check_shapes(recipe: Recipe, data: Shaped) -> None:
         data.need_one_shape(f"stages.{stored} with stored pairs")
     for i, stage in enumerate(recipe.stages):
         part, share = recipe.train.micro_batch // stage.chords_per_solve, len(stages.trained(stage))
-        if len(data.groups) > 1 and recipe.objective.starts == "noise" and part % share and share % part:
+        if len(data.groups) > 1 and recipe.of_stage(i).objective.starts == "noise" and part % share and share % part:
             raise UserError(f"With images of several sizes and objective.starts = 'noise' the windows of a trajectory must not be shared by micro-batches "
                             f"of two sizes: stages.{i} trains {share} windows on {part} solves a micro-batch (train.micro_batch / chords_per_solve); "
                             f"make one of the two a multiple of the other.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from reflow.data import sampler
@@ -16,6 +16,8 @@ from reflow.recipes.settings import Recipe
 from reflow.training import teachers
 from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow
+
+AT_ONCE = 2**20  # pairs that are counted at once
 
 
 def usable(rows: torch.Tensor) -> torch.Tensor:
@@ -49,11 +51,12 @@ class Solver:
     """Solves by global index: which item, noise and dropped caption a solve has depends on (seed, stage, index) alone.
 
     From data every solve has draws of its own. From noise a trajectory of the teacher gives a pair for each of the K trained windows:
-    solve i is window i % K of trajectory i // K, and the draws are the trajectory's.
+    solve i is window i % K of trajectory i // K, and the draws are the trajectory's. With a share below 1 some of these are no
+    trajectories: their K windows start at one noised latent, of the same draws.
     """
 
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
-        self.recipe, self.flow, self.data, self.teacher, self.device = recipe, flow, data, teacher, device
+        self.recipe, self.flow, self.data, self.teacher, self.device = recipe.of_stage(flow.index), flow, data, teacher, device
         self.dtype = solver_dtype(recipe)
         self.active: list[int] = flow.active.tolist()
         self.share = len(self.active) if recipe.objective.starts == "noise" else 1  # consecutive solves that have the same draws
@@ -81,8 +84,11 @@ class Solver:
         return [indices[run] for run in self.data.runs(self.items([i // self.share for i in indices]))]
 
     def __call__(self, indices: list[int]) -> Solved:
-        from_noise = self.recipe.objective.starts == "noise"
         draws = [i // self.share for i in indices]
+        followed = np.flatnonzero(self.follows(np.array(draws)))
+        if 0 < len(followed) < len(indices):
+            return self.mixed(indices, followed.tolist())
+        from_noise = len(followed) > 0
         different = list(dict.fromkeys(draws)) if from_noise else draws
         items, dropped, noise = self.drawn(different)
         window = self.flow.window_of(torch.tensor(indices, device=self.device))
@@ -99,6 +105,19 @@ class Solver:
             latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
             z_start = self.flow.table.start(latent, noise, window)
             return Solved(z_start, self.solve(z_start, window, self.teacher_rows(taught, items)), window, student)
+
+    def follows(self, draws: np.ndarray) -> np.ndarray:
+        """Which draws [n] bool are of the teacher's trajectories from noise; the others are of noised data."""
+        objective = self.recipe.objective
+        return followed(draws, objective.starts_share if objective.starts == "noise" else 0.0)
+
+    def mixed(self, indices: list[int], first: list[int]) -> Solved:
+        """Solves of both kinds, in the order of the indices; `first`: places of those that follow a trajectory."""
+        rest = sorted(set(range(len(indices))) - set(first))
+        parts = [self([indices[place] for place in places]) for places in (first, rest)]
+        order = torch.tensor(first + rest, device=self.device).argsort()
+        z_start, z_end, window = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("z_start", "z_end", "window"))
+        return Solved(z_start, z_end, window, parts[0].conditioning.cat(parts[1].conditioning).select(order))
 
     def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> torch.Tensor:
         """One window, as a CUDA graph where the recipe says so; a batch of another size than the first is solved plainly."""
@@ -139,20 +158,24 @@ class Solver:
         return conditioning.to(self.device, self.dtype)
 
 
-def windows_solved(active: list[int], count: int, part: int) -> int:
+def followed(draws: np.ndarray, share: float) -> np.ndarray:
+    """Which draws [n] bool are of trajectories where `share` of all are: evenly spread, and of the draw's number alone."""
+    return np.floor((draws + 1) * share) > np.floor(draws * share)
+
+
+def windows_solved(active: list[int], count: int, part: int, share: float = 1.0) -> int:
     """Window solves of the teacher for `count` consecutive pairs from noise, taken in batches of `part`.
 
     A trajectory gives one pair for each of the K active windows and costs max(active) + 1 solves; one that a batch's edge cuts is begun
-    in both batches, so whole trajectories (part a multiple of K) cost least.
+    in both batches, so whole trajectories (part a multiple of K) cost least. share: of draws that follow one; each other pair is one solve.
     """
-    share = len(active)
-
-    def solves(first: int, end: int) -> int:
-        # The last pair of a trajectory that lies in the batch says how far it is solved.
-        lasts = {i // share: active[i % share] for i in range(first, end)}
-        return sum(last + 1 for last in lasts.values())
-
-    period = math.lcm(part, share)
-    whole = sum(solves(first, first + part) for first in range(0, period, part)) if count >= period else 0
-    begun = count // period * period
-    return whole * (count // period) + sum(solves(first, min(first + part, count)) for first in range(begun, count, part))
+    width, total = len(active), 0
+    depth = np.array(active) + 1
+    for first in range(0, count, max(1, AT_ONCE // part) * part):  # whole batches
+        pairs = np.arange(first, min(first + max(1, AT_ONCE // part) * part, count))
+        draws = pairs // width
+        # The last pair of a trajectory that lies in a batch says how far it is solved there.
+        last = np.append((np.diff(draws) != 0) | (np.diff(pairs // part) != 0), True)
+        long = followed(draws, share)
+        total += int(depth[pairs[last & long] % width].sum()) + int((~long).sum())
+    return total

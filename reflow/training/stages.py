@@ -13,8 +13,9 @@ from reflow.recipes.settings import Recipe, Stage
 
 @dataclass(frozen=True)
 class StageFlow:
-    """The maths of one stage on one device. `active` lists the windows that are trained, as a LongTensor."""
+    """The maths of one stage on one device. `active` lists the windows that are trained, as a LongTensor; `recipe` has the stage's own values."""
 
+    recipe: Recipe
     index: int
     stage: Stage
     windows: Windows
@@ -39,7 +40,7 @@ def trained(stage: Stage) -> tuple[int, ...]:
 
 def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str, device: torch.device) -> StageFlow:
     """Tables and solver of stage `index`. prediction_type: the base model's, in diffusers' names. Raises UserError with the stage's key."""
-    stage = recipe.stages[index]
+    recipe, stage = recipe.of_stage(index), recipe.stages[index]
     guidance = None if recipe.teacher.guidance_scale == 1.0 else recipe.teacher.guidance_scale
     try:
         windows = windows_of(stage)
@@ -54,7 +55,7 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
         active = trained(stage)
     except ValueError as error:
         raise UserError(f"stages.{index}: {error}") from error
-    return StageFlow(index, stage, windows, table, solver, torch.tensor(active, device=device))
+    return StageFlow(recipe, index, stage, windows, table, solver, torch.tensor(active, device=device))
 
 
 def check_compatible(recipe: Recipe, prediction_type: str) -> None:

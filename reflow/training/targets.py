@@ -53,15 +53,13 @@ def points(z_start: torch.Tensor, z_end: torch.Tensor, window: torch.Tensor, dra
     return Points(z_t, velocity, z_end, model_input, windows, t)
 
 
-def loss(output: torch.Tensor, at: Points, table: ChordTable, settings: Objective, *, kind: str, direction_weight: float,
-         weight: torch.Tensor | None = None) -> AlignedVLoss:
+def loss(output: torch.Tensor, at: Points, table: ChordTable, settings: Objective, *, weight: torch.Tensor | None = None) -> AlignedVLoss:
     """The recipe's loss of the student's output [R,C,h,w] at the points; `weight` [R] is 0 for a sample that must not count."""
-    by_time = objective.time_weight(settings.time_weight, table, at.window, at.t)
-    if by_time is not None:
-        weight = by_time if weight is None else weight * by_time
-    huber = dict(huber_c=settings.huber_c, huber_norm=settings.huber_norm)
+    for factor in (objective.time_weight(settings.time_weight, table, at.window, at.t), objective.window_weight(settings.window_weight, table, at.window)):
+        if factor is not None:
+            weight = factor if weight is None else weight * factor
+    common = dict(kind=settings.loss, weight=weight, huber_c=settings.huber_c, huber_norm=settings.huber_norm, normalize=settings.normalize)
     if settings.points == "schedule":
-        return objective.schedule_loss(output, at.z_end, at.z_t, table, at.window, at.t, kind=kind, weight=weight, **huber)
-    return objective.chord_loss(output, at.velocity, at.z_t, table, at.window, at.t, kind=kind, space=settings.space,
-                                direction_weight=direction_weight, weight=weight, **huber,
-                                direction_scale="speed" if settings.direction_norm == "window_speed" else "none")
+        return objective.schedule_loss(output, at.z_end, at.z_t, table, at.window, at.t, **common)
+    return objective.chord_loss(output, at.velocity, at.z_t, table, at.window, at.t, space=settings.space, direction_weight=settings.direction_weight,
+                                direction_scale="speed" if settings.direction_norm == "window_speed" else "none", **common)

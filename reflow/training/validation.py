@@ -17,7 +17,7 @@ from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.ranks import barrier
-from reflow.recipes.settings import Recipe
+from reflow.recipes.settings import Objective, Recipe
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.training import pictures, targets, verdict
 from reflow.training.progress import say
@@ -108,7 +108,7 @@ class Validation:
                 teacher = sample_teacher(self.base, root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
                                          null=self.solver.data.null, noise=self.noise)
                 # A guided teacher's guidance is in the student, which is then compared unguided; else both are guided as in the pictures.
-                learnt = self.recipe.teacher.guidance_scale
+                learnt = self.recipe.guidance_of(self.flow.index)
                 self.guidances = (learnt, 1.0) if learnt != 1 else (guidance, guidance)
                 self.fine, self.own = (
                     teacher.latents if n == steps and self.guidances[0] == guidance else
@@ -143,8 +143,7 @@ class Validation:
         velocity = (solved.z_end - solved.z_start) / self.flow.table.dt[solved.window].view(-1, 1, 1, 1)
         output = denoise(unet, z.to(dtype), network_time(t, self.recipe.student.network_time), solved.conditioning.to(dtype=dtype))
         at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
-        objective = self.recipe.objective.model_copy(update={"points": "chord", "space": "velocity"})
-        return targets.loss(output, at, self.flow.table, objective, kind="mse", direction_weight=0.0)
+        return targets.loss(output, at, self.flow.table, Objective(loss="mse"))
 
     def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any], last: bool) -> None:
         """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher. last: of the stage, whose verdict follows."""

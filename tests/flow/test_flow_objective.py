@@ -15,8 +15,9 @@ from reflow.flow import (
     schedule_loss,
     schedule_point,
     time_weight,
+    window_weight,
 )
-from reflow.flow.objective import u_shaped_density
+from reflow.flow.objective import NORMAL_FLOOR, u_shaped_density
 
 
 def uniforms(count, device="cpu", seed=0):
@@ -38,7 +39,7 @@ def test_item14_u_shape_density_and_its_sampler(device):
     assert float(sharp.mean()) == pytest.approx(0.5, abs=5e-3) and float(sharp.std()) > float(tau.std()) + 0.05
 
 
-@pytest.mark.parametrize("kind", ["uniform", "u_shaped", "window_start"])
+@pytest.mark.parametrize("kind", ["uniform", "u_shaped", "window_start", "exponential"])
 def test_tau_is_a_function_of_each_samples_uniforms_below_one(kind, device):
     u = uniforms(64, device)
     tau = sample_tau(u, kind)
@@ -49,6 +50,19 @@ def test_tau_is_a_function_of_each_samples_uniforms_below_one(kind, device):
     for options in ({}, {"share": 0.0, "upper": 1.0}):
         tau = sample_tau(extremes, kind, **options)
         assert bool(((tau >= 0) & (tau < 1)).all())
+
+
+@pytest.mark.parametrize("sharpness", [0.01, math.log(10), 4.0, 30.0])
+def test_the_exponential_density_and_its_sampler(sharpness, device):
+    tau = sample_tau(uniforms(200_000, device, seed=2), "exponential", sharpness=sharpness).double().cpu()
+    edges = torch.linspace(0, 1, 21, dtype=torch.float64)
+    mass = (torch.expm1(-sharpness * edges) / math.expm1(-sharpness)).diff()
+    torch.testing.assert_close(torch.histc(tau, bins=20, min=0, max=1) / 200_000, mass, rtol=0, atol=4e-3)
+    # Simple ReFlow's 10^t: ten times as many at the noisy end as at the clean one.
+    if sharpness == math.log(10):
+        assert float((tau < 0.01).sum() / (tau > 0.99).sum()) == pytest.approx(10 ** 0.99, rel=0.15)
+    with pytest.raises(ValueError, match='"exponential" has sharpness 0'):
+        sample_tau(uniforms(2, device), "exponential", sharpness=0.0)
 
 
 def test_window_start_mixes(device):
@@ -220,10 +234,50 @@ def test_an_empty_batch_is_zero(sd):
         assert float(result.loss) == 0.0 and result.mse.shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["ddim_eps", "velocity"])
+@pytest.mark.parametrize("loss, norm", [("aligned_v", "element"), ("mse", "element"), ("pseudo_huber", "element"), ("pseudo_huber", "sample")])
+@pytest.mark.parametrize("space", ["velocity", "eps"])
+def test_a_normalized_loss_has_the_gradient_of_the_logarithm(kind, loss, norm, space, case, dtype, close):
+    output, _, target, z, table, window, t = case(kind)
+    weight = torch.linspace(0.5, 2.0, len(t), device=t.device, dtype=dtype)
+    options = dict(kind=loss, huber_c=0.05, huber_norm=norm)
+    leaf = output.clone().requires_grad_()
+    result = chord_loss(leaf, target, z, table, window, t, space=space, normalize="loss", weight=weight, **options)
+    result.loss.backward()
+    # Each sample alone, not normalized: the gradient of its logarithm, which knows no eps space.
+    for i in range(len(t)):
+        alone = output[i:i + 1].clone().requires_grad_()
+        own = chord_loss(alone, target[i:i + 1], z[i:i + 1], table, window[i:i + 1], t[i:i + 1], space=space if loss == "pseudo_huber" else "velocity", **options)
+        (own.loss + NORMAL_FLOOR).log().backward()
+        close(leaf.grad[i] * len(t), alone.grad[0] * weight[i])
+    assert float(result.loss.detach()) == pytest.approx(float(weight.mean()), rel=1e-3)
+    assert float(chord_loss(output, target, z, table, window, t, space=space, **options).mse[0]) == pytest.approx(float(result.mse[0]))
+
+
+def test_a_normalized_loss_of_a_perfect_sample_is_finite(sd, random, device, dtype):
+    table = ChordTable(sd, Windows.uniform(4), "velocity", device=device)
+    v = random(2, 4, 8, 8)
+    leaf = v.clone().requires_grad_()
+    window, t = torch.tensor([0, 1], device=device), torch.tensor([0.9, 0.6], device=device)
+    chord_loss(leaf, v, v, table, window, t, normalize="loss").loss.backward()
+    assert bool((leaf.grad == 0).all())
+
+
+def test_window_weights_make_relative_errors_count_alike(sd, device):
+    table, window = ChordTable(sd, Windows.uniform(4), "ddim_eps", device=device), torch.tensor([0, 1, 2, 3], device=device)
+    assert window_weight("none", table, window) is None
+    weights = window_weight("speed", table, window)
+    shares = weights * table.speed**2
+    assert shares.tolist() == pytest.approx([float((table.speed**2).mean())] * 4)
+    assert float(weights[0] / weights[3]) > 5  # noisy windows move least
+    with pytest.raises(ValueError, match="window_weight"):
+        window_weight("size", table, window)
+
+
 def test_unknown_choices_are_named(case):
     arguments = case("ddim_eps")
     output, rest = arguments[0], arguments[2:]
-    for options in ({"kind": "l1"}, {"space": "x0"}, {"direction_scale": "auto"}):
+    for options in ({"kind": "l1"}, {"space": "x0"}, {"direction_scale": "auto"}, {"normalize": "batch"}):
         with pytest.raises(ValueError, match=f'"{next(iter(options.values()))}" is not known'):
             chord_loss(output, *rest, **options)
 

@@ -1,5 +1,6 @@
 """A run that cannot fit is refused before anything large is loaded, with the plan's figures: the GPU's memory, the machine's, the disk."""
 
+import json
 import shutil
 import types
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 import tiny
 from reflow.errors import UserError
+from reflow.models.digits import BUILTIN
 from reflow.recipes import reading
 from reflow.training import engine, fit, plan, run
 
@@ -99,6 +101,16 @@ def test_what_another_rank_lacks_ends_all_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     assert "rank 1's GPU on node2 has 8 GiB" in refusal(tiny.recipe(tmp_path), tmp_path / "run", torch.device("cpu"))
+
+
+def test_configs_of_no_network_are_left_to_the_loading_which_says_what_is_wrong(tmp_path):
+    shutil.copytree(BUILTIN, tmp_path / "base")
+    file = tmp_path / "base" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_head_dim": 0}))
+    recipe = tiny.recipe(tmp_path, f"model.base='{tmp_path / 'base'}'")
+    fit.check(recipe, tmp_path / "run", torch.device("cpu"))
+    with pytest.raises(UserError, match="describe no network of the family digits that can be planned"):
+        plan.describe(recipe)
 
 
 def test_this_machine_tells_its_memory(tmp_path, monkeypatch):

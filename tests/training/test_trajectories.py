@@ -1,8 +1,11 @@
 """Starts from noise: a trajectory of the teacher gives a pair for every trained window, whoever asks for which of them."""
 
 import json
+import pathlib
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +18,10 @@ from reflow.flow import DiscreteVP
 from reflow.models.conditioning import denoise
 from reflow.recipes import reading
 from reflow.training import loop, plan, run, solve_pairs, solves, stages
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "soak"))
+
+import nursery
 
 NOISE = ("objective.starts=noise",)
 
@@ -68,7 +75,38 @@ def test_every_part_of_a_trajectory_is_the_same_whoever_solves_it(tmp_path, over
     assert len({item for _, item, _ in whole}) == 3
 
 
-@pytest.mark.parametrize("overrides", [(), ("stages.0.half=clean", "stages.0.solver_steps=2"), ("stages.0.windows=5", "stages.1.teacher=root")])
+MIXED = "objective.starts_share=0.4"
+
+
+@torch.no_grad()
+def test_a_share_of_windows_starts_at_noised_data_whoever_asks_for_which(tmp_path):
+    made, pure = solver(tmp_path, MIXED), solver(tmp_path)
+    share, kinds = made.share, made.follows(np.arange(5)).tolist()
+    assert kinds == [False, False, True, False, True]  # two of five, evenly
+    for indices in (range(5 * share), range(share + 1, 3 * share + 2), [2 * share + 1, 0, 4 * share, 3 * share + 2], [2 * share], [1]):
+        solved, other = made(list(indices)), pure(list(indices))
+        assert torch.equal(solved.window, other.window)
+        torch.testing.assert_close(solved.conditioning.encoder_hidden_states, other.conditioning.encoder_hidden_states)  # the draws are the same
+        for b, i in enumerate(indices):
+            if kinds[i // share]:
+                torch.testing.assert_close(solved.z_start[b], other.z_start[b], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(solved.z_end[b], other.z_end[b], rtol=1e-4, atol=1e-4)
+                continue
+            items, _, noise = made.inputs([i])
+            start = made.flow.table.start(made.data.latent(items), noise, solved.window[b:b + 1])
+            torch.testing.assert_close(solved.z_start[b:b + 1], start)
+            rows = made.data.conditioning(items, made.inputs([i])[1])
+            end = made.flow.solver.solve(lambda x, t, rows=rows: denoise(made.teacher, x, t, rows), start, solved.window[b:b + 1], input_dtype=made.dtype)
+            torch.testing.assert_close(solved.z_end[b:b + 1], end, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
+def test_the_share_of_trajectories_is_exact_and_even(share):
+    kinds = solves.followed(np.arange(4000), share)
+    assert kinds.sum() == 4000 * share and np.abs(np.convolve(kinds, np.ones(40), "valid") - 40 * share).max() <= 1
+
+
+@pytest.mark.parametrize("overrides", [(), ("stages.0.half=clean", "stages.0.solver_steps=2"), ("stages.0.windows=5", "stages.1.teacher=root"), (MIXED,)])
 @pytest.mark.parametrize("part", [1, 3, 4, 8])
 def test_the_teacher_is_asked_as_often_as_the_plan_counts(tmp_path, overrides, part):
     made = solver(tmp_path, *overrides)
@@ -76,8 +114,9 @@ def test_the_teacher_is_asked_as_often_as_the_plan_counts(tmp_path, overrides, p
         made.teacher.rows = 0
         for first in range(0, count, part):
             made(list(range(first, min(first + part, count))))
-        assert made.teacher.rows == solves.windows_solved(made.active, count, part) * made.flow.stage.solver_steps
-    if part % made.share == 0:
+        counted = solves.windows_solved(made.active, count, part, made.recipe.objective.starts_share)
+        assert made.teacher.rows == counted * made.flow.stage.solver_steps
+    if part % made.share == 0 and overrides != (MIXED,):
         assert solves.windows_solved(made.active, 6 * part, part) == 6 * part // made.share * (max(made.active) + 1)
 
 
@@ -97,7 +136,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("overrides", [
-    (), ("stages.0.pairs=22",), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
+    (), ("stages.0.pairs=22", MIXED), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
 ], ids=lambda o: o[0] if o else "")
 def test_a_cut_run_from_noise_ends_bit_equal_and_other_micro_batches_agree_to_rounding(tmp_path, overrides):
     def recipe(micro):
@@ -159,3 +198,22 @@ def test_trajectories_that_micro_batches_of_two_image_sizes_would_share_are_refu
         else:
             with pytest.raises(UserError, match="stages.0 trains 3 windows on 4 solves a micro-batch"):
                 run.check_shapes(recipe, Two())
+
+
+def test_two_ranks_agree_with_one_to_rounding_and_go_on_after_a_kill(tmp_path):
+    """Trajectories of four windows in micro-batches of two ranks; the second stage's are of the first one's student."""
+    sets = (*NOISE, MIXED, "stages.0.samples=64", "stages.1.samples=64", "checkpoint.every=32", "log.every=16", "validate.every=0", "train.zero_stage=1")
+    (tmp_path / "tiny.toml").write_text(tiny.TINY)
+
+    def words(name):
+        return ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run-dir", str(tmp_path / name), *(w for s in sets for w in ("--set", s))]
+
+    assert nursery.run(words("two"), tmp_path, ranks=2).codes == (0, 0)
+    whole = nursery.run(words("cut"), tmp_path, ranks=2, changes=60)
+    assert whole.killed
+    assert nursery.run(words("cut"), tmp_path, ranks=2).codes == (0, 0)
+    run.train(tiny.recipe(tmp_path, *sets), tmp_path / "one")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    for i in (0, 1):
+        a, b = (load_file(tmp_path / x / f"stage-{i + 1}" / "unet_ema.safetensors") for x in ("two", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
