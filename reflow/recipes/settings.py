@@ -336,6 +336,8 @@ class Validate(Section):
     """Of the pictures."""
     pairs: PositiveInt = 64
     """Windows of the fixed loss."""
+    warn_after: Fraction = 0.5
+    """Share of a stage after which a student that is still behind its teacher at equal steps is said, with the likely cause; 1: at its end alone."""
 
 
 class Checkpoint(Section):

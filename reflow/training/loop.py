@@ -135,12 +135,12 @@ class Loop:
                 self.log.write("train", before + done, {
                     "stage": index, "samples": done, "learning_rate": rate, **record, "grad_norm": engine.gradient_norm(), "seconds": clock.read(),
                     "samples_per_second": pace.read(), "peak_memory": peak_memory(self.device), "elapsed": seconds})
-                bar.show(loss=record["loss"])
+                bar.show(loss=record["loss"], **validation.shown)
                 self.stop_if_not_finite(record, excluded, index)
             self.stop_if_skipped(skipped, excluded, index, steps if fresh and last else None)
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
-                    validation.run(engine.state(ema.average), before + done, self.networks.averaged, last)
+                    validation.run(engine.state(ema.average), before, done, self.networks.averaged, last)
             leave, due = self.signals.agree()
             if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
                 self.refuse_damaged(engine, ema, index, step)

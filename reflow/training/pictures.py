@@ -29,7 +29,7 @@ def labelled_grid(rows: Sequence[tuple[str, torch.Tensor]], prompts: Sequence[st
     width = lines[0].shape[1] // len(rows[0][1])
     font = ImageFont.load_default(size=max(11, width // 32))
     step = round(1.3 * font.size)
-    left = round(max(font.getlength(label) for label, _ in rows)) + 2 * step
+    left = round(max(font.getlength(line) for label, _ in rows for line in label.split("\n"))) + 2 * step
     words = [wrapped(prompt, font, width - step // 2) for prompt in prompts]
     top = step * max((len(w) for w in words), default=0) + step // 2
     canvas = Image.new("RGB", (left + lines[0].shape[1], top + sum(line.shape[0] for line in lines)), "white")
@@ -37,7 +37,7 @@ def labelled_grid(rows: Sequence[tuple[str, torch.Tensor]], prompts: Sequence[st
     for column, said in enumerate(words):
         pen.multiline_text((left + column * width + step // 4, step // 4), "\n".join(said), fill="black", font=font, spacing=step - font.size)
     for (label, _), line in zip(rows, lines, strict=True):
-        pen.text((step // 2, top + line.shape[0] // 2), label, fill="black", font=font, anchor="lm")
+        pen.multiline_text((step // 2, top + line.shape[0] // 2), label, fill="black", font=font, anchor="lm", spacing=step - font.size)
         canvas.paste(Image.fromarray(line), (left, top))
         top += line.shape[0]
     return np.asarray(canvas)

@@ -139,6 +139,11 @@ class Log:
         if self.wandb is not None:
             self.wandb.log(numbers, step=total_samples)
 
+    def lines(self, event: str, stage: int) -> list[dict[str, Any]]:
+        """The records of one kind that stand in the log of a stage, counted from 0."""
+        records = map(json.loads, read_lines(self.path))
+        return [record for record in records if record["event"] == event and record.get("stage") == stage + self.first]
+
     def curves(self, event: str, total_samples: int, values: dict[str, Any]) -> dict[str, float]:
         """The numbers of a record as points of TensorBoard's curves."""
         numbers = dict(scalars(event, values))

@@ -51,6 +51,7 @@ class Validation:
         _, noise = sampler.solve_draws(recipe.train.seed, 0, list(range(FIXED, FIXED + len(conditioning))), data.shape)
         self.noise = noise.to(self.device)
         self.rows: list[tuple[str, torch.Tensor]] = []
+        self.shown: dict[str, float] = {}  # for the bar
 
     def student_samples(self, unet: torch.nn.Module, steps: int, guidance_scale: float, *, decode: bool = True) -> Samples:
         """The fixed prompts by the scheduler that is exported with the student."""
@@ -117,8 +118,18 @@ class Validation:
                     for n in (steps, len(self.flow.windows)))
             self.rows = [(f"teacher, {counted(steps)}", teacher.images)]
             if untrained is not None:
-                self.picture(untrained.eval(), total, "untrained")
+                found = self.measure(untrained.eval(), total, 0)
+                self.picture(untrained, total, "untrained", found)
         barrier()
+
+    def measure(self, unet: torch.nn.Module, total: int, samples: int) -> dict[str, Any]:
+        """The student beside its teacher at one step a window after `samples` of the stage: into the log, and for the bar."""
+        steps = len(self.flow.windows)
+        found = verdict.compare(self.student_samples(unet, steps, self.guidances[1], decode=False).latents, self.own, self.fine)
+        self.log.write("paired", total, {"stage": self.flow.index, "samples": samples, "steps": steps,
+                                         "teacher_steps": self.recipe.validate_.teacher_steps, **found})
+        self.shown = {"student": found["student_error"], "teacher": found["teacher_error"]}
+        return found
 
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
@@ -145,33 +156,61 @@ class Validation:
         at = targets.Points(z, velocity, solved.z_end, z, solved.window, t)
         return targets.loss(output, at, self.flow.table, Objective(loss="mse"))
 
-    def run(self, averages: dict[str, torch.Tensor], total: int, averaged: Callable[[dict[str, torch.Tensor]], Any], last: bool) -> None:
-        """The EMA student now: fixed losses into the log, and a grid of pictures beside the teacher. last: of the stage, whose verdict follows."""
+    def run(self, averages: dict[str, torch.Tensor], before: int, samples: int, averaged: Callable[[dict[str, torch.Tensor]], Any], last: bool) -> None:
+        """The EMA student after `samples` of the stage: fixed losses and distance to its teacher into the log, and a grid of pictures.
+
+        before: samples of the stages before. last: of the stage, whose verdict follows.
+        """
         if dist.get_rank() == 0:
-            unet = averaged(averages)
+            unet, total = averaged(averages), before + samples
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
-            self.picture(unet, total, "EMA")
+            found = self.measure(unet, total, samples)
+            self.picture(unet, total, "EMA", found)
             if last:
-                self.judge(unet, total)
+                self.judge(found, total)
+            else:
+                self.warn(found, total, samples)
         barrier()
 
-    def picture(self, unet: torch.nn.Module, total: int, weights: str) -> None:
-        """A grid of the student beside the teacher, with its prompts and settings, into the folder and TensorBoard. weights: "untrained", "EMA"."""
+    def warn(self, found: dict[str, Any], total: int, samples: int) -> None:
+        """Say once, and early enough to stop, that the student is behind its teacher."""
+        recipe, steps = self.flow.recipe, len(self.flow.windows)
+        settings, batch = recipe.validate_, recipe.train.batch_size
+        whole = -(-self.flow.stage.samples // batch) * batch
+        due = settings.warn_after < 1 and verdict.first_after(settings.warn_after, samples, whole, settings.every, batch)
+        if not due or settings.teacher_steps <= steps or found["gain"] is None or found["gain"] >= 0:
+            return
+        began = next((line for line in self.log.lines("paired", self.flow.index) if line["samples"] == 0), None)
+        said = verdict.behind(self.flow.index + 1, steps, samples / whole, found, verdict.cause(recipe, began, found))
+        self.log.write("behind", total, {"stage": self.flow.index, "samples": samples, "said": said})
+        tqdm.write(said)
+
+    def picture(self, unet: torch.nn.Module, total: int, weights: str, found: dict[str, Any]) -> None:
+        """A grid of the student beside the teacher, with its prompts and settings, into the folder and TensorBoard. weights: "untrained", "EMA".
+
+        found: its distance to the teacher at one step a window, which stands beside that row.
+        """
         recipe, student = self.recipe, self.recipe.student
         guidance, counts = recipe.validate_.guidance_scale, [n for n in sorted(recipe.validate_.steps) if n >= len(self.flow.windows)]
         name = "student" if weights == "EMA" else f"{weights} student"
         rows = [*self.rows, *((f"{name}, {counted(n)}", self.student_samples(unet, n, guidance).images) for n in counts)]
-        drawn, trained = pictures.labelled_grid(rows, self.prompts), weights == "EMA"
+        drawn, trained = pictures.labelled_grid([(self.with_error(label, found), row) for label, row in rows], self.prompts), weights == "EMA"
         pictures.save(drawn, self.folder / f"{total:09d}{'' if trained else f'-{weights}'}.png", {
             "recipe": recipe.name, "base": recipe.model.base, "stage": self.flow.index + 1, "samples": total, "weights": weights,
-            "rows": [label for label, _ in rows], "prompts": self.prompts, "guidance_scale": guidance, "windows": list(self.flow.windows.boundaries),
+            "rows": [label for label, _ in rows], "paired": found, "prompts": self.prompts, "guidance_scale": guidance, "windows": list(self.flow.windows.boundaries),
             "prediction_type": student.prediction_type, "network_time": student.network_time, "seed": recipe.train.seed})
         self.log.image("validation" if trained else f"validation/{weights}", drawn, total)
 
-    def judge(self, unet: torch.nn.Module, total: int) -> None:
+    def with_error(self, label: str, found: dict[str, Any]) -> str:
+        """A row's label, of the student at one step a window with its distance to the teacher's fine solve and its teacher's own."""
+        steps = len(self.flow.windows)
+        if not label.endswith(f"student, {counted(steps)}") or self.recipe.validate_.teacher_steps <= steps:
+            return label
+        return f"{label}\nerror {found['student_error']:.3g}\nteacher's own {found['teacher_error']:.3g}"
+
+    def judge(self, found: dict[str, Any], total: int) -> None:
         """Say and log by how much the finished student beats or misses its teacher at one step a window."""
         steps, fine = len(self.flow.windows), self.recipe.validate_.teacher_steps
-        found = verdict.compare(self.student_samples(unet, steps, self.guidances[1], decode=False).latents, self.own, self.fine)
         said = verdict.sentence(self.flow.index + 1, steps, fine, found)
         self.log.write("verdict", total, {"stage": self.flow.index, "steps": steps, "teacher_steps": fine, "teacher_guidance": self.guidances[0],
                                           "student_guidance": self.guidances[1], **found, "said": said})
