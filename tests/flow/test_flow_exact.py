@@ -38,3 +38,14 @@ def test_draws_have_the_moments_that_are_said():
     assert one.shape == (40_000, 2, 2)
     torch.testing.assert_close(one.mean(0), torch.tensor([[1.0, -2.0], [1.0, -2.0]]), rtol=0, atol=0.06)
     torch.testing.assert_close(one.std(0), torch.tensor([[0.5, 0.5], [3.0, 3.0]]), rtol=0.03, atol=0)
+
+
+def test_images_of_several_times_are_those_of_each_time_alone():
+    """Rows of images [B,C,h,w] with an alpha and sigma each."""
+    data = MixtureData(torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 0.3, torch.tensor([0.2, 0.3, 0.5]))
+    z = torch.randn(5, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    sigmas = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    together = data.x0_eps(z, 1 - sigmas, sigmas)
+    alone = [data.x0_eps(z[i:i + 1], 1 - float(s), float(s)) for i, s in enumerate(sigmas)]
+    for a, b in zip(together, map(torch.cat, zip(*alone))):
+        torch.testing.assert_close(a, b)

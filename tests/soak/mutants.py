@@ -41,7 +41,7 @@ TARGETS = {
     "reflow/flow/exact.py": ["tests/flow/test_flow_exact.py", *FLOW],
     "reflow/data/sampler.py": ["tests/training/test_sampler.py", "tests/data/test_buckets.py"],
     "reflow/training/ema.py": ["tests/training/test_ema.py"],
-    "reflow/training/checkpoint.py": ["tests/training/test_run.py"],
+    "reflow/training/checkpoint.py": ["tests/training/test_checkpoints.py", "tests/training/test_run.py"],
 }  # captured.py records CUDA graphs: its tests need a GPU
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
            ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip

@@ -303,3 +303,38 @@ def test_a_run_directory_that_went_away_is_said_and_not_made_anew(tmp_path, monk
     with pytest.raises(UserError, match="stage-1-000000016 could not be written .*the run directory is gone"):
         run.train(tiny.short(tmp_path, *SMALL), folder)
     assert not list((folder / "checkpoints").glob("*"))
+
+
+def test_the_last_good_one_in_words_where_the_newest_is_damaged_or_missing(tmp_path):
+    named = checkpoint.Checkpoints(tmp_path, 2)
+    assert named.last_good() == "none"
+    path = write(tmp_path / "checkpoints")
+    assert named.last_good() == str(path)
+    (tmp_path / "checkpoints" / "latest").write_text("stage-1-000000099")
+    assert named.last_good() == f"none that {tmp_path / 'checkpoints' / 'latest'} names"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_telemetry_of_several_ranks_goes_on_whole_on_the_first_of_others(monkeypatch, rank):
+    told = [{"sums": torch.tensor([[1.0, 2.0]]), "bad_step": torch.tensor([-1])}, {"sums": torch.tensor([[3.0, 4.0]]), "bad_step": torch.tensor([7])}]
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: rank)
+    found = checkpoint.share(told)
+    assert found["sums"].tolist() == ([[4.0, 6.0]] if rank == 0 else [[0.0, 0.0]]) and found["bad_step"].tolist() == ([7] if rank == 0 else [-1])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_one_before_goes_on(tmp_path, monkeypatch):
+    from reflow.training import checkpoint as room
+
+    write_text, folder = room.write_text, tmp_path / "run"
+
+    def full(path, text):
+        if path.name == stored.STATE and "000000032" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(room, "write_text", full)
+    with pytest.raises(UserError, match=r"The checkpoint .*stage-1-000000032 .*it goes on from stage-1-000000016"):
+        run.train(tiny.short(tmp_path, *SMALL), folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "stage-1-000000016"]
+    monkeypatch.undo()
+    assert run.train(tiny.short(tmp_path, *SMALL), folder) == 0
