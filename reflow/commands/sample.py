@@ -6,28 +6,19 @@ import argparse
 import io
 import pathlib
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from reflow.commands.common import (
     free_name,
-    open_run,
     positive,
     reading_arguments,
-    reading_given,
-    reading_of,
     single_file_arguments,
-    single_file_options,
-    stage_of,
-    student_file,
-    unsaid_reading,
 )
+from reflow.commands.sampled import TEACHER_STEPS, find_source, load, refuse_parts, student_scheduler
 from reflow.errors import UserError
 from reflow.lines import lines_of, read_lines
 
-TEACHER_STEPS = 32
 INTERRUPTED = "images of finished batches are kept; the same command with another --out draws all of them again"
-SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +46,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=positive, default=1, help="images of each prompt (default: 1)")
     parser.add_argument(
-        "--steps", type=positive, help=f"default: one for each window of a student, {TEACHER_STEPS} for a base"
+        "--steps", type=step_counts, metavar="N", help="in all, or of each window from noise to data as 1,9 (default: one for "
+        f"each window of a student, {TEACHER_STEPS} for a base)",
+    )
+    parser.add_argument(
+        "--teacher-windows", type=step_counts, metavar="K", help="with --run-dir: windows, from 1 at the noisy end, that the "
+        "base solves instead of the student, as 2 or 3,4",
     )
     parser.add_argument(
         "--guidance", default="1", metavar="SCALE", help="one scale, or one for each step as 7.5,4,4 (default: 1, none)"
@@ -76,6 +72,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for the images and grid.png (default: samples, samples-2, ...)"
     )
+
+
+def step_counts(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers of at least 1, with commas between them."""
+    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -100,108 +101,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not lines:
         raise UserError("There is no prompt; give --prompt TEXT, or --prompts with a file or '-' for standard input.")
     return lines
-
-
-@dataclass
-class Source:
-    """What to sample: the base's folder and family, a student's weights (None: those in the folder), a student's
-    windows and reading ({} for a base), and a name for the images' metadata.
-    """
-
-    family: Any
-    folder: pathlib.Path | str
-    weights: pathlib.Path | None
-    settings: dict[str, Any]
-    name: str
-
-
-def find_source(args: argparse.Namespace) -> Source:
-    """Raises UserError for a run or folder that has nothing to sample."""
-    if args.run_dir:
-        folder, recipe = open_run(args.run_dir)
-        weights = None if args.teacher else student_file(folder, recipe, args.stage)
-    elif args.stage or args.teacher:
-        raise UserError("--stage and --teacher choose within a training run; give --run-dir, or leave them out.")
-
-    from reflow.models import base_path, family_for, family_of
-    from reflow.weights.delta import student_settings
-    from reflow.weights.files import weight_files
-
-    given = reading_given(args)
-    if args.run_dir and given:
-        raise refused_reading(given, args.run_dir)
-    if args.run_dir:
-        base = family_for(recipe.model), base_path(recipe.model)
-        if weights is None:
-            return Source(*base, None, {}, f"base of {recipe.name}")
-        return Source(*base, weights, reading_of(weights, recipe), f"{recipe.name}, stage {stage_of(weights)}")
-    found, folder = family_of(args.model, **single_file_options(args))
-    files = weight_files(folder / "unet")
-    settings = student_settings(files[0]) if files else {}
-    if given:
-        from reflow.sampling import contradiction
-
-        config = found.load(folder, parts=()).scheduler_config
-        if settings or config.get("_class_name") in SCHEDULERS:
-            raise refused_reading(given, args.model)
-        settings = unsaid_reading(given, args.model)
-        problem = contradiction(config.get("prediction_type"), settings["prediction_type"])
-        if problem:
-            raise UserError(f"{args.model} is sampled in another way: {problem}")
-    return Source(found, folder, None, settings, args.model)
-
-
-def refused_reading(given: dict[str, Any], where: str) -> UserError:
-    """Where a student says itself how it is sampled, and is asked to be sampled as ``given``."""
-    option = "--" + next(iter(given)).replace("_", "-")
-    return UserError(
-        f"{where} says itself how its student is sampled, so {option} would not be read; leave such options out."
-    )
-
-
-def refuse_contradiction(source: Source, config: Any) -> None:
-    """Raises UserError where the scheduler of a student's folder is not that of its weights, which say themselves how
-    they are sampled: the images would be wrong, with no other sign."""
-    from reflow.sampling import PiecewiseFlowScheduler, contradiction
-
-    told, says = [], source.settings
-    if contradiction(config.get("prediction_type"), says["prediction_type"]):
-        told.append(("prediction_type", config["prediction_type"], says["prediction_type"]))
-    if config.get("_class_name") in SCHEDULERS:
-        other = PiecewiseFlowScheduler.from_config(config)
-        if other.config.prediction_type != says["prediction_type"]:
-            told.append(("prediction_type", other.config.prediction_type, says["prediction_type"]))
-        if other.windows != says["windows"]:
-            told.append(("windows", list(other.windows.boundaries), list(says["windows"].boundaries)))
-        if other.config.network_time != says["network_time"]:
-            told.append(("network_time", other.config.network_time, says["network_time"]))
-    for what, scheduler, weights in told[:1]:
-        raise UserError(
-            f"{source.name} contradicts itself: its scheduler_config.json says {what} {scheduler!r}, and its UNet was "
-            f"trained with {weights!r}. Put the scheduler that was exported with these weights back."
-        )
-
-
-def student_scheduler(source: Source, config: Any, steps: int | None) -> tuple[Any, int]:
-    """(the student's scheduler or None for a base, steps). Raises UserError for fewer steps than windows."""
-    from reflow.sampling import PiecewiseFlowScheduler
-
-    if source.settings:
-        if source.weights is None:
-            refuse_contradiction(source, config)
-        scheduler = PiecewiseFlowScheduler.for_student(config, **source.settings)
-    elif config.get("_class_name") in SCHEDULERS:
-        scheduler = PiecewiseFlowScheduler.from_config(config)
-    else:
-        return None, steps or TEACHER_STEPS
-    count = len(scheduler.windows)
-    if steps is not None and steps < count:
-        raise UserError(
-            f"--steps {steps} is fewer than the student's {count} windows, and every window needs a step; write "
-            f"--steps {count} or more, or sample a stage with fewer windows."
-        )
-    scheduler.set_timesteps(steps or count)
-    return scheduler, steps or count
 
 
 def image_size(args: argparse.Namespace, base: Any, picture: Any) -> tuple[int, int] | None:
@@ -238,17 +137,6 @@ def check_images(args: argparse.Namespace, student: bool) -> None:
         raise UserError("--strength belongs to --init-image; give an image, or leave --strength out.")
     if args.init_image and not student:
         raise UserError("--init-image is for few-step students; for a base use diffusers' image-to-image pipeline.")
-
-
-def load(source: Source, device: Any, dtype: str) -> Any:
-    """The base with the student's weights in it. Raises UserError where they do not fit."""
-    from reflow.weights.files import dtype_of
-    from reflow.weights.lora import student_state
-
-    base = source.family.load(source.folder, device=device, dtype=dtype_of(dtype))
-    if source.weights is not None:
-        base.unet.load_state_dict(student_state(base.unet.state_dict(), source.weights))
-    return base
 
 
 def say_cuts(base: Any, prompts: list[str], negative: str | None) -> dict[str, int]:
@@ -294,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out) if args.out else free_name("samples")
     refuse_existing(out)
     quiet_imports()
-    from reflow.sampling import guidance_scales, sample, sample_teacher
+    from reflow.sampling import guidance_scales, sample, sample_parts, sample_teacher
     from reflow.sampling.pictures import from_pil, grid, to_pil, write_png
     from reflow.sampling.sampler import first_step, latent_shape
 
@@ -308,12 +196,15 @@ def run(args: argparse.Namespace) -> int:
     scales = guidance_scales(args.guidance, steps - (first_step(scheduler, strength) if picture else 0))
     if args.negative_prompt is not None and max(scales) <= 1:
         raise UserError("--negative-prompt does nothing without guidance; add --guidance with a number above 1.")
+    if args.teacher_windows:
+        refuse_parts(args, scheduler, scales)
     if scheduler is None and len(set(scales)) > 1:
         raise UserError(f"--guidance {args.guidance}: a base is guided by one scale at all steps; write one number.")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
     base = load(source, device, dtype)
+    teacher = load(source, device, dtype, student=False) if args.teacher_windows else None
     not_read = say_cuts(base, prompts, args.negative_prompt)
     null = None if args.negative_prompt is None else base.encode_prompts([args.negative_prompt], size)
     start = {} if picture is None else {"strength": strength, "init": base.encode_images(from_pil(picture, base, size))}
@@ -321,9 +212,23 @@ def run(args: argparse.Namespace) -> int:
     name = public_name(source.name) if args.model else source.name
     note = {"model": name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
     note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
+    note |= {"steps_per_window": list(args.steps)} if args.steps and len(args.steps) > 1 else {}
+    note |= {"teacher_windows": list(args.teacher_windows)} if args.teacher_windows else {}
     note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     note |= {"height": size[0], "width": size[1]} if size else {}
     note |= {"init_image": public_name(args.init_image), "strength": strength} if picture else {}
+    counts = args.steps if args.steps and len(args.steps) > 1 else None
+    how_to = dict(scheduler=scheduler, null=null, resolution=size)
+
+    def draw(some: list[str], seeds: range) -> Any:
+        """A batch of the student, which shares the windows with the base where that is asked for."""
+        if teacher is None:
+            return sample(base, base.unet, some, counts or steps, seeds, guidance_scale=scales, **how_to, **start)
+        taught = [number - 1 for number in args.teacher_windows]
+        split = counts or scheduler.counts(steps)
+        scale = dict(guidance_scale=scales[0], teacher_guidance_scale=scales[0])
+        return sample_parts(teacher, base.unet, some, split, seeds, teacher_windows=taught, **scale, **how_to)
+
     pictures = []
     # One batch is over soon, but at a terminal its steps are worth seeing.
     few = len(prompts) <= args.batch_size and not sys.stderr.isatty()
@@ -336,10 +241,7 @@ def run(args: argparse.Namespace) -> int:
             some = prompts[first : first + args.batch_size]
             seeds = range(args.seed + first, args.seed + first + len(some))
             if scheduler is not None:
-                drawn = sample(
-                    base, base.unet, some, steps, seeds, scheduler=scheduler, guidance_scale=scales, null=null,
-                    resolution=size, **start,
-                )  # fmt: skip
+                drawn = draw(some, seeds)
             else:
                 drawn = sample_teacher(
                     base, base.unet, some, steps, seeds, guidance_scale=scales[0], null=null, resolution=size

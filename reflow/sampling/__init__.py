@@ -4,6 +4,7 @@
 from diffusers import SchedulerMixin
 
 from reflow.sampling.guidance import guidance_callback, guidance_scales
+from reflow.sampling.parts import sample_parts
 from reflow.sampling.piecewise import PiecewiseFlowScheduler, StepsError, contradiction
 from reflow.sampling.sampler import Samples, initial_noise, sample, sample_teacher
 
@@ -17,5 +18,6 @@ __all__ = [
     "guidance_scales",
     "initial_noise",
     "sample",
+    "sample_parts",
     "sample_teacher",
 ]

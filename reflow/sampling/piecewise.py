@@ -54,6 +54,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
       published SD1.5 weights, ``"perflow"``. A config whose class is PeRFlowScheduler loads as ``"perflow"``, and its
       early ``epsilon`` as ``diff_eps``. PeRFlow's published SDXL weights are ``ddim_eps`` and need it given.
     * ``window_boundaries``: K+1 descending times, for windows that are not uniform; it decides ``num_time_windows``.
+    * ``steps_per_window``: K numbers of steps, as (1, 9), where they are not to be spread evenly; a pipeline must then be
+      called with their sum.
 
     Arithmetic is fp32 (fp64 for fp64 samples) whatever the dtype of the network; the result has the dtype of
     ``sample``. Raises :class:`StepsError`, a ``UserError`` and a ``ValueError``, for settings that cannot work.
@@ -77,6 +79,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         num_time_windows: int = 4,
         window_boundaries: Sequence[float] | None = None,
         network_time: str | None = None,
+        steps_per_window: Sequence[int] | None = None,
     ) -> None:
         prediction_type = FROM_BASE.get(str(prediction_type), prediction_type)
         if network_time is None:
@@ -103,7 +106,10 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             self._table = ChordTable(schedule, self.windows, prediction_type, device="cpu", dtype=torch.float64)
         except (ValueError, TypeError, OverflowError) as error:  # a config's values may be of any type
             raise StepsError(f"PiecewiseFlowScheduler: {error}") from error
+        if steps_per_window is not None:
+            steps_per_window = self._split(steps_per_window)
         self.register_to_config(
+            steps_per_window=steps_per_window,
             prediction_type=prediction_type,
             num_time_windows=len(self.windows),
             t_noise=t_noise,
@@ -138,6 +144,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
                     config["prediction_type"] = "diff_eps"  # the only eps mode of the scheduler's first versions
             if "num_time_windows" in kwargs and "window_boundaries" not in kwargs:
                 config.pop("window_boundaries", None)  # the caller asked for uniform windows
+            if {"num_time_windows", "window_boundaries"} & kwargs.keys() and "steps_per_window" not in kwargs:
+                config.pop("steps_per_window", None)  # of other windows
             problem = contradiction(config.get("prediction_type"), kwargs.get("prediction_type"))
             if problem:
                 raise StepsError(f"PiecewiseFlowScheduler: {problem}")
@@ -203,8 +211,39 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         """Identity: the network sees the sample as it is."""
         return sample
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """N steps: N // K in every window, one more in each of the first N mod K (the noisiest).
+    def _split(self, steps: Sequence[int]) -> list[int]:
+        """steps_per_window, checked. Raises StepsError for anything but a number of at least 1 for each window."""
+        counts = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
+        if len(counts) != len(self.windows) or not all(type(n) is int and n > 0 for n in counts):
+            count = len(self.windows)
+            raise StepsError(
+                f"PiecewiseFlowScheduler: steps_per_window is {quote(steps)}; give {count} whole numbers of at least 1, one "
+                f"for each of the {count} windows from noise to data."
+            )
+        return counts
+
+    def counts(self, steps: int, split: Sequence[int] | None = None) -> list[int]:
+        """Steps in each window, from noise to data, of ``steps`` in all: evenly, or by ``split`` or the config's
+        steps_per_window, whose sum they then must be."""
+        split = self.config.steps_per_window if split is None else self._split(split)
+        if split is None:
+            count = len(self.windows)
+            return [steps // count + (k < steps % count) for k in range(count)]
+        if sum(split) != steps:
+            raise StepsError(
+                f"num_inference_steps={steps} does not fit steps_per_window={list(split)}, which are {sum(split)} steps: use "
+                f"num_inference_steps={sum(split)}, or set another steps_per_window (None spreads steps evenly)."
+            )
+        return list(split)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        steps_per_window: Sequence[int] | None = None,
+    ) -> None:
+        """N steps: N // K in every window, one more in each of the first N mod K (the noisiest), or as many as
+        ``steps_per_window`` (here for this call, else the config's) says.
 
         ``timesteps[N]`` is int64 for network_time "index" and fp32 for "perflow"; every value is unique and names its
         window. Raises StepsError if N is below the number of windows or too large for the training grid.
@@ -218,8 +257,8 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         times: list[float] = []
         window: list[int] = []
-        for k, (start, end) in enumerate(zip(self.windows.t_start, self.windows.t_end, strict=True)):
-            steps = num_inference_steps // count + (k < num_inference_steps % count)
+        split = self.counts(num_inference_steps, steps_per_window)
+        for k, (start, end, steps) in enumerate(zip(self.windows.t_start, self.windows.t_end, split, strict=True)):
             times += [start + (end - start) * i / steps for i in range(steps)]
             window += [k] * steps
         t = torch.tensor(times, dtype=torch.float64)

@@ -66,7 +66,7 @@ def sample(
     base: Base,
     unet: nn.Module,
     prompts: Sequence[str] | Conditioning,
-    steps: int,
+    steps: int | Sequence[int],
     seeds: Sequence[int],
     *,
     windows: int | Windows | None = None,
@@ -84,7 +84,8 @@ def sample(
 ) -> Samples:
     """Draw len(seeds) samples from a few-step student.
 
-    Give ``windows`` (their number or the windows; prediction_type None is the base's own) or a ready ``scheduler``.
+    ``steps`` is how many in all, or how many in each window. Give ``windows`` (their number or the windows;
+    prediction_type None is the base's own) or a ready ``scheduler``.
     guidance_scale is a number or one for each step, as in :func:`guidance_scales`; steps at 1 or below do not compute
     the unconditional half. ``prompts`` may be a ready Conditioning with one row a seed. ``null``, one row for all,
     replaces the base's null prompt: that of a negative prompt, for example. ``noise`` [B,C,h,w] replaces the seeds'
@@ -102,7 +103,8 @@ def sample(
             base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time
         )
     parameter = next(unet.parameters())
-    scheduler.set_timesteps(steps, device=parameter.device)
+    split = None if isinstance(steps, int) else tuple(steps)
+    scheduler.set_timesteps(steps if isinstance(steps, int) else sum(steps), parameter.device, split)
     first = 0 if init is None else first_step(scheduler, strength)
     timesteps = scheduler.timesteps[first:]
     scales = guidance_scales(guidance_scale, len(timesteps))
@@ -121,7 +123,7 @@ def sample(
         return z
 
     guided = any(scale > 1 for scale in scales)
-    return _collect(
+    return collect(
         base,
         unet,
         prompts,
@@ -180,7 +182,7 @@ def sample_teacher(
             lambda x, timestep: denoise(unet, x, timestep, rows), z, window, input_dtype=parameter.dtype
         )
 
-    return _collect(
+    return collect(
         base,
         unet,
         prompts,
@@ -197,7 +199,7 @@ def sample_teacher(
 
 
 @torch.no_grad()
-def _collect(
+def collect(
     base: Base,
     unet: nn.Module,
     prompts: Sequence[str] | Conditioning,
@@ -212,6 +214,7 @@ def _collect(
     batch_size: int | None,
     decode: bool,
 ) -> Samples:
+    """Samples of all prompts, batch by batch, by ``solve``. guided: whether it is given the null prompt's rows."""
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; give a list with one prompt for each seed")
     if len(prompts) != len(seeds):
