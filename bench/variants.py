@@ -22,7 +22,8 @@ from bench.scenes import Scene
 from reflow.data import sampler
 from reflow.flow import network_time
 from reflow.models.conditioning import Conditioning, denoise
-from reflow.recipes.settings import Recipe, Train
+from reflow.recipes.sections import Train
+from reflow.recipes.settings import Recipe
 from reflow.training import optimizers, stages
 from reflow.training.ema import Ema, decay
 from reflow.training.loop import Loop

@@ -26,7 +26,7 @@ from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
 from reflow.outputs import written
 from reflow.ranks import barrier
-from reflow.recipes.settings import Data
+from reflow.recipes.sections import Data
 
 CAPTIONS = 256  # encoded captions kept; SDXL's take 0.6 MB each
 

@@ -14,7 +14,7 @@ from reflow.models.family import Family
 from reflow.models.folder import find_folder, load_base, read_index, refuse_options
 
 if TYPE_CHECKING:
-    from reflow.recipes.settings import Model
+    from reflow.recipes.sections import Model
 
 FAMILIES: dict[str, Family] = {}
 _OF_FILE: dict[Path, Family] = {}

@@ -18,7 +18,7 @@ from reflow.errors import UserError
 from reflow.quiet import quiet_imports
 
 if TYPE_CHECKING:
-    from reflow.recipes.settings import Model
+    from reflow.recipes.sections import Model
 
 HALF = (torch.float16, torch.bfloat16)
 # Graphs of one block: its widths, image sizes and adapters, with and without gradients.

@@ -14,14 +14,15 @@ NAMES = {"string": "text", "integer": "whole number", "number": "number", "boole
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 START = """# Recipe keys
 
-Written by `python -m reflow.recipes.keys` from [settings.py](settings.py), which checks a recipe; do not edit. [digits.toml](digits.toml)
-shows every key where it is used, and `reflow recipe NAME --resolved` prints all of a recipe's values. A key that a recipe leaves out has its
-default here. On the command line a key is `--set section.key=value`, of a stage `--set stages.0.key=value` (0 is the first).
+Written by `python -m reflow.recipes.keys` from [sections.py](sections.py) and [settings.py](settings.py), which check a recipe; do not edit.
+[digits.toml](digits.toml) shows every key where it is used, and `reflow recipe NAME --resolved` prints all of a recipe's values. A key that a
+recipe leaves out has its default here. On the command line a key is `--set section.key=value`, of a stage `--set stages.0.key=value` (0 is the
+first).
 """
 
 
 def sections() -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-    """(name, what it is, keys) of every table of a recipe in the order of settings.py; a key maps to its JSON schema."""
+    """(name, what it is, keys) of every table of a recipe in the order of Recipe; a key maps to its JSON schema."""
     schema = Recipe.model_json_schema()
     yield "", schema["description"], {name: node for name, node in schema["properties"].items() if "type" in node and node["type"] != "array"}
     for name, node in schema["properties"].items():

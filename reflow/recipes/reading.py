@@ -17,7 +17,8 @@ import pydantic
 
 from reflow.errors import UserError, quote, short
 from reflow.recipes import tables
-from reflow.recipes.settings import Place, Recipe, Stage
+from reflow.recipes.sections import Place
+from reflow.recipes.settings import Recipe, Stage
 
 # Sections whose keys may change between a run and its resumption: none of them changes what is learned.
 FREE_SECTIONS = ("validate", "checkpoint", "log", "name")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
-from reflow.recipes.settings import Train
+from reflow.recipes.sections import Train
 from reflow.training import meeting, optimizers, shards
 from reflow.training.shards import Piece, Shards
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from reflow.errors import UserError
-from reflow.recipes.settings import Train
+from reflow.recipes.sections import Train
 
 
 def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:

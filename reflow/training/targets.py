@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from reflow.flow import ChordTable, objective, snap
-from reflow.recipes.settings import Objective
+from reflow.recipes.sections import Objective
 from reflow_kernels import AlignedVLoss, window_chord
 
 

@@ -17,7 +17,8 @@ from reflow.flow import DiscreteVP, WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.ranks import barrier
-from reflow.recipes.settings import Objective, Recipe
+from reflow.recipes.sections import Objective
+from reflow.recipes.settings import Recipe
 from reflow.sampling.sampler import Samples, sample, sample_teacher
 from reflow.training import pictures, targets, verdict
 from reflow.training.progress import say

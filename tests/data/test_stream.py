@@ -19,7 +19,7 @@ from reflow.data.sources import open_source
 from reflow.data.stream import StreamDataset, stream
 from reflow.errors import UserError
 from reflow.models import registry
-from reflow.recipes.settings import Data
+from reflow.recipes.sections import Data
 from reflow.training import run
 
 PLACE = pathlib.Path(__file__).parents[1] / "training" / "tiny.py"

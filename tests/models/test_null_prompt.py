@@ -15,7 +15,7 @@ from reflow.data.sources import open_source
 from reflow.errors import UserError
 from reflow.export import export_folder
 from reflow.models import family, family_for
-from reflow.recipes.settings import Model
+from reflow.recipes.sections import Model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # the shared pipelines' module
 

@@ -17,7 +17,7 @@ from reflow.errors import UserError
 from reflow.export import export_folder, export_single_file
 from reflow.flow import Windows
 from reflow.models import base_path, family, family_of, single_file
-from reflow.recipes.settings import Model
+from reflow.recipes.sections import Model
 from reflow.weights.original_names import (
     SD_CLIP_PREFIX,
     SDXL_CLIP_PREFIX,

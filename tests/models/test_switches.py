@@ -15,7 +15,7 @@ from reflow.models import Conditioning, denoise, switches
 from reflow.models.lora import STUDENT, Adapters, Student, View
 from reflow.models.switches import prepare
 from reflow.recipes import reading
-from reflow.recipes.settings import Model
+from reflow.recipes.sections import Model
 
 
 def network(kind="sdxl"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reflow.recipes.settings import Train
+from reflow.recipes.sections import Train
 from reflow.training import optimizers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
