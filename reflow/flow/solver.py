@@ -48,6 +48,9 @@ class WindowSolver:
         VP tables keep Heun).
     guidance_scale: None means that no unconditional half exists. A float or [B], 1.0 included, means the network gets
         2B rows [uncond; cond], in diffusers' convention u + w (c - u).
+    backward: solve from the window's clean end up to its noisy start (DDIM inversion): the same steps on the grid the
+        other way round, each with the network asked where it begins, so it undoes a solve up to the method's order, and
+        to rounding where the network's answer (eps, x0 or velocity) does not change along a step.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class WindowSolver:
         prediction_type: str = "epsilon",
         method: str = "ddim",
         guidance_scale: float | Tensor | None = None,
+        backward: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
@@ -70,6 +74,7 @@ class WindowSolver:
         grid = time_grid(windows, steps)
         if isinstance(schedule, DiscreteVP):
             _refuse_repeated_indices(grid, len(schedule), windows)
+        grid = grid.flip(0) if backward else grid
         alpha, sigma = schedule.alpha_sigma(grid)
         if prediction_type == "epsilon" and bool((alpha[:-1] < MIN_ALPHA).any()):
             raise ValueError(
@@ -174,7 +179,8 @@ class WindowSolver:
     def solve(
         self, model: Network, z_start: Tensor, window: Tensor, *, input_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """z at the windows' clean ends, [B, ...] in the solver's dtype, from z_start [B, ...] at their noisy ends.
+        """z at the windows' clean ends, [B, ...] in the solver's dtype, from z_start [B, ...] at their noisy ends; of a
+        backward solver the other way round.
 
         window: [B] long, on the device. model(model_input, timestep) -> output is called with B rows, or with 2B rows
         [uncond; cond] if there is a guidance scale; model_input is in input_dtype (None: the state's), timestep is

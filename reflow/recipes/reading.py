@@ -148,6 +148,9 @@ def check_own(recipe: Recipe, index: int, where: str) -> None:
     if own and stage.teacher == "previous":
         raise UserError(f"{where}: stages.{index}.{own} is of the root's solves, and this stage is taught by the student before it, "
                         f"which has learnt its guidance; leave it out, or write teacher = 'root'.")
+    if staged.objective.forward_share and stage.teacher == "previous":
+        raise UserError(f"{where}: stages.{index} has objective.forward_share = {staged.objective.forward_share:g}, pairs that only the root can "
+                        f"make, and its teacher is 'previous'; write stages.{index}.forward_share = 0, or teacher = 'root'.")
     if staged.objective.starts_share < 1 and staged.objective.starts != "noise" and stage.starts is None:
         raise UserError(f"{where}: objective.starts_share = {staged.objective.starts_share:g} is the share of trajectories from noise, and "
                         f"objective.starts is 'data'; write starts = 'noise', or leave the share out.")

@@ -173,6 +173,8 @@ class Objective(Section):
     """Windows start at noised real latents; "noise" takes the teacher's own trajectories."""
     starts_share: Share = 1.0
     """Of starts = "noise": share of trajectories from noise; the others start each window at one noised real latent."""
+    forward_share: Fraction = 0.0
+    """Share of pairs that the root makes backwards, from real latents up to noise: an anchor against drift (arXiv 2410.07815)."""
     time_density: Density = "window_start"
     """Where in a window the student trains."""
     time_share: Fraction = 0.5

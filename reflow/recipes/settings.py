@@ -99,6 +99,8 @@ class Stage(Section):
     """This stage's own `objective.starts`."""
     starts_share: Share | None = None
     """This stage's own `objective.starts_share`."""
+    forward_share: Fraction | None = None
+    """This stage's own `objective.forward_share`."""
     time_density: Density | None = None
     """This stage's own `objective.time_density`."""
     time_share: Fraction | None = None

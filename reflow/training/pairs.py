@@ -45,6 +45,8 @@ def describe(solver: Solver) -> dict[str, Any]:
     }
     if recipe.objective.starts == "noise" and recipe.objective.starts_share < 1:
         told["objective.starts_share"] = recipe.objective.starts_share
+    if recipe.objective.forward_share:
+        told["objective.forward_share"] = recipe.objective.forward_share
     if solver.share > 1:
         told["pairs of one trajectory"] = solver.share
     if flow.stage.teacher == "previous":

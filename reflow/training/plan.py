@@ -14,7 +14,7 @@ from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
 from reflow.training.ema import half_life_at
-from reflow.training.solves import windows_solved
+from reflow.training.solves import on_paths, windows_solved
 from reflow.weights.guard import REMEDY, reason_of
 
 GIB = 2**30
@@ -209,7 +209,7 @@ def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -
     """(network rows of the teacher a student sample, windows that are kept) of a stage."""
     stage, objective = recipe.stages[index], flow.recipe.objective
     kept = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
-    solved = kept if objective.starts == "data" else windows_solved(flow.active.tolist(), kept, batch_of(recipe, index, flow), objective.starts_share)
+    solved = windows_solved(flow.active.tolist(), len(flow.windows), kept, batch_of(recipe, index, flow), objective)
     return solved * flow.solver.evaluations / stage.samples, kept
 
 
@@ -222,11 +222,11 @@ def batch_of(recipe: Recipe, index: int, flow: stages.StageFlow) -> int:
 def cut_said(recipe: Recipe, index: int, flow: stages.StageFlow) -> str:
     """What it costs that micro-batches cut the teacher's trajectories from noise; '' where they do not."""
     stage, count = recipe.stages[index], len(flow.active)
-    if flow.recipe.objective.starts == "data" or stage.stored or not batch_of(recipe, index, flow) % count:
+    if not on_paths(flow.recipe.objective) or stage.stored or not batch_of(recipe, index, flow) % count:
         return ""
     solves = -(-stage.samples // stage.chords_per_solve)
-    share = flow.recipe.objective.starts_share
-    least, real = (windows_solved(flow.active.tolist(), solves, part, share) for part in (count, batch_of(recipe, index, flow)))
+    objective = flow.recipe.objective
+    least, real = (windows_solved(flow.active.tolist(), len(flow.windows), solves, part, objective) for part in (count, batch_of(recipe, index, flow)))
     return (f"; micro-batches of {batch_of(recipe, index, flow)} solves cut trajectories of {count} windows, which costs {real / least:.3g} times the "
             f"solves: make train.micro_batch a multiple of {count * stage.chords_per_solve}")
 

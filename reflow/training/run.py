@@ -31,6 +31,7 @@ from reflow.recipes.settings import Recipe
 from reflow.training import engine, fit, loop, networks, pulse, rules, stages
 from reflow.training.progress import say
 from reflow.training.signals import Signals
+from reflow.training.solves import on_paths
 from reflow_kernels import backend_report
 
 
@@ -87,8 +88,8 @@ def check_shapes(recipe: Recipe, data: Shaped) -> None:
         data.need_one_shape(f"stages.{stored} with stored pairs")
     for i, stage in enumerate(recipe.stages):
         part, share = recipe.train.micro_batch // stage.chords_per_solve, len(stages.trained(stage))
-        if len(data.groups) > 1 and recipe.of_stage(i).objective.starts == "noise" and part % share and share % part:
-            raise UserError(f"With images of several sizes and objective.starts = 'noise' the windows of a trajectory must not be shared by micro-batches "
+        if len(data.groups) > 1 and on_paths(recipe.of_stage(i).objective) and part % share and share % part:
+            raise UserError(f"With images of several sizes and trajectories (objective.starts = 'noise', forward_share) the windows of a trajectory must not be shared by micro-batches "
                             f"of two sizes: stages.{i} trains {share} windows on {part} solves a micro-batch (train.micro_batch / chords_per_solve); "
                             f"make one of the two a multiple of the other.")
     micro = min(recipe.train.micro_batch, max(1, recipe.train.batch_size // dist.get_world_size()))

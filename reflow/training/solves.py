@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,14 @@ from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.flow.captured import CapturedSolve
 from reflow.models.conditioning import Conditioning, denoise
+from reflow.recipes.sections import Objective
 from reflow.recipes.settings import Recipe
 from reflow.training import teachers
 from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow
 
 AT_ONCE = 2**20  # pairs that are counted at once
+DATA, NOISE, FORWARD = 0, 1, 2
 
 
 def usable(rows: torch.Tensor) -> torch.Tensor:
@@ -52,14 +55,17 @@ class Solver:
 
     From data every solve has draws of its own. From noise a trajectory of the teacher gives a pair for each of the K trained windows:
     solve i is window i % K of trajectory i // K, and the draws are the trajectory's. With a share below 1 some of these are no
-    trajectories: their K windows start at one noised latent, of the same draws.
+    trajectories: their K windows start at one noised latent, of the same draws. Forward pairs are trajectories from a real latent up to
+    noise, made by the solver backwards.
     """
 
     def __init__(self, recipe: Recipe, flow: StageFlow, data: LatentDataset, teacher: torch.nn.Module, device: torch.device) -> None:
         self.recipe, self.flow, self.data, self.teacher, self.device = recipe.of_stage(flow.index), flow, data, teacher, device
         self.dtype = solver_dtype(recipe)
         self.active: list[int] = flow.active.tolist()
-        self.share = len(self.active) if recipe.objective.starts == "noise" else 1  # consecutive solves that have the same draws
+        objective = self.recipe.objective
+        # Consecutive solves that have the same draws.
+        self.share = len(self.active) if on_paths(objective) else 1
         self.captured: CapturedSolve | None = None
         self.parked = teachers.park(teacher, device) if recipe.teacher.offload else None
         self.rounding = teachers.to_fp8(self, recipe.teacher.fp8_max_error) if recipe.teacher.precision == "fp8" else None
@@ -85,61 +91,72 @@ class Solver:
 
     def __call__(self, indices: list[int]) -> Solved:
         draws = [i // self.share for i in indices]
-        followed = np.flatnonzero(self.follows(np.array(draws)))
-        if 0 < len(followed) < len(indices):
-            return self.mixed(indices, followed.tolist())
-        from_noise = len(followed) > 0
-        different = list(dict.fromkeys(draws)) if from_noise else draws
+        kinds = self.kinds(np.array(draws))
+        if len(set(kinds)) > 1:
+            return self.mixed(indices, kinds)
+        on_paths = kinds[0] != DATA
+        different = list(dict.fromkeys(draws)) if on_paths else draws
         items, dropped, noise = self.drawn(different)
         window = self.flow.window_of(torch.tensor(indices, device=self.device))
         student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
         taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
         noise = noise.to(self.device)
         with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
-            if from_noise:
+            if on_paths:
                 place = {draw: row for row, draw in enumerate(different)}
-                rows = [place[draw] for draw in draws]
-                z_start, z_end = self.trajectories(noise, rows, [self.active[i % self.share] for i in indices], taught, items)
+                rows, windows = [place[draw] for draw in draws], [self.active[i % self.share] for i in indices]
+                if kinds[0] == NOISE:
+                    z_start, z_end = self.trajectories(noise, rows, windows, taught, items)
+                else:
+                    z_end, z_start = self.trajectories(self.clean(items, noise), rows, windows, taught, items, backward=True)
                 return Solved(z_start, z_end, window, student.select(torch.tensor(rows, device=self.device)))
             # Contiguous, as networks answer: an operand in another order than the others would be copied by every fused op.
             latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
             z_start = self.flow.table.start(latent, noise, window)
             return Solved(z_start, self.solve(z_start, window, self.teacher_rows(taught, items)), window, student)
 
-    def follows(self, draws: np.ndarray) -> np.ndarray:
-        """Which draws [n] bool are of the teacher's trajectories from noise; the others are of noised data."""
-        objective = self.recipe.objective
-        return followed(draws, objective.starts_share if objective.starts == "noise" else 0.0)
+    def kinds(self, draws: np.ndarray) -> np.ndarray:
+        """What each draw [n] is of: DATA, NOISE or FORWARD."""
+        return kinds(draws, self.recipe.objective)
 
-    def mixed(self, indices: list[int], first: list[int]) -> Solved:
-        """Solves of both kinds, in the order of the indices; `first`: places of those that follow a trajectory."""
-        rest = sorted(set(range(len(indices))) - set(first))
-        parts = [self([indices[place] for place in places]) for places in (first, rest)]
-        order = torch.tensor(first + rest, device=self.device).argsort()
+    def mixed(self, indices: list[int], kinds: np.ndarray) -> Solved:
+        """Solves of several kinds, in the order of the indices."""
+        places = [np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))]
+        parts = [self([indices[place] for place in here]) for here in places]
+        order = torch.from_numpy(np.concatenate(places)).to(self.device).argsort()
         z_start, z_end, window = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("z_start", "z_end", "window"))
-        return Solved(z_start, z_end, window, parts[0].conditioning.cat(parts[1].conditioning).select(order))
+        return Solved(z_start, z_end, window, functools.reduce(Conditioning.cat, [part.conditioning for part in parts]).select(order))
 
-    def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        """One window, as a CUDA graph where the recipe says so; a batch of another size than the first is solved plainly."""
-        if self.recipe.teacher.cuda_graph and z.device.type == "cuda":
+    def clean(self, items: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The items' latents at the end of the last window, where a table has a little noise left."""
+        table = self.flow.table
+        latent = self.data.latent(items).to(self.device, torch.float32, memory_format=torch.contiguous_format)
+        return table.alpha_end[-1] * latent + table.sigma_end[-1] * noise
+
+    def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning, backward: bool = False) -> torch.Tensor:
+        """One window, as a CUDA graph where the recipe says so; backwards and in a batch of another size than the first plainly."""
+        if self.recipe.teacher.cuda_graph and z.device.type == "cuda" and not backward:
             inputs = tuple(t for t in (rows.encoder_hidden_states, rows.text_embeds, rows.time_ids) if t is not None)
             if self.captured is None:
                 self.captured = CapturedSolve(self.flow.solver, lambda x, t, *c: denoise(self.teacher, x, t, Conditioning(*c)), z, window,
                                               *inputs, input_dtype=self.dtype)
             if self.captured.fits(z, window, *inputs):
                 return self.captured(z, window, *inputs)
-        return self.flow.solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
+        solver = self.flow.inverter if backward and self.flow.inverter else self.flow.solver
+        return solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
 
-    def trajectories(self, noise: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning,
-                     items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both ends [B,C,h,w] of pairs that lie on the teacher's own trajectories from noise [T,C,h,w]: pair b is window windows[b] of
-        trajectory rows[b]. taught, items: of the trajectories. Each of them is solved as far as its last pair needs and no further."""
-        last = [max(w for r, w in zip(rows, windows, strict=True) if r == n) for n in range(len(noise))]
+    def trajectories(self, begin: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning, items: torch.Tensor,
+                     backward: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both ends [B,C,h,w], in the order of the solving, of pairs that lie on the teacher's own trajectories which begin at [T,C,h,w],
+        noise or, backward, latents: pair b is window windows[b] of trajectory rows[b]. taught, items: of the trajectories. Each of them
+        is solved as far as its last pair needs and no further."""
+        order = list(range(len(self.flow.windows)))[::-1 if backward else 1]
+        last = [max(order.index(w) for r, w in zip(rows, windows, strict=True) if r == n) for n in range(len(begin))]
         starts: dict[int, torch.Tensor] = {}
         ends: dict[int, torch.Tensor] = {}
-        going, z, conditioning = list(range(len(noise))), noise, self.teacher_rows(taught, items)
-        for k in range(max(last) + 1):
-            kept = [n for n in going if last[n] >= k]
+        going, z, conditioning = list(range(len(begin))), begin, self.teacher_rows(taught, items)
+        for n_th, k in enumerate(order[:max(last) + 1]):
+            kept = [n for n in going if last[n] >= n_th]
             if len(kept) < len(going):
                 z = z[torch.tensor([going.index(n) for n in kept], device=self.device)]
                 left = torch.tensor(kept)
@@ -147,7 +164,7 @@ class Solver:
                 going = kept
             here = [(b, going.index(r)) for b, (r, w) in enumerate(zip(rows, windows, strict=True)) if w == k]
             starts.update((b, z[row]) for b, row in here)
-            z = self.solve(z, torch.full((len(z),), k, device=self.device), conditioning)
+            z = self.solve(z, torch.full((len(z),), k, device=self.device), conditioning, backward)
             ends.update((b, z[row]) for b, row in here)
         return tuple(torch.stack([kind[b] for b in range(len(rows))]) for kind in (starts, ends))
 
@@ -158,24 +175,37 @@ class Solver:
         return conditioning.to(self.device, self.dtype)
 
 
-def followed(draws: np.ndarray, share: float) -> np.ndarray:
-    """Which draws [n] bool are of trajectories where `share` of all are: evenly spread, and of the draw's number alone."""
+def chosen(draws: np.ndarray, share: float) -> np.ndarray:
+    """Which draws [n] bool are of a kind that `share` of all are: evenly spread, and of the draw's number alone."""
     return np.floor((draws + 1) * share) > np.floor(draws * share)
 
 
-def windows_solved(active: list[int], count: int, part: int, share: float = 1.0) -> int:
-    """Window solves of the teacher for `count` consecutive pairs from noise, taken in batches of `part`.
+def on_paths(objective: Objective) -> bool:
+    """Whether pairs come from whole trajectories, K windows from the same draws."""
+    return objective.starts == "noise" or objective.forward_share > 0
 
-    A trajectory gives one pair for each of the K active windows and costs max(active) + 1 solves; one that a batch's edge cuts is begun
-    in both batches, so whole trajectories (part a multiple of K) cost least. share: of draws that follow one; each other pair is one solve.
+
+def kinds(draws: np.ndarray, objective: Objective) -> np.ndarray:
+    """What each draw [n] is of: noised DATA, a trajectory from NOISE, or one FORWARD from data to noise."""
+    forward, rest = chosen(draws, objective.forward_share), draws - np.floor(draws * objective.forward_share).astype(draws.dtype)
+    from_noise = chosen(rest, objective.starts_share if objective.starts == "noise" else 0.0)
+    return np.where(forward, FORWARD, np.where(from_noise, NOISE, DATA))
+
+
+def windows_solved(active: list[int], windows: int, count: int, part: int, objective: Objective) -> int:
+    """Window solves of the teacher for `count` consecutive pairs of a stage with so many windows, taken in batches of `part`.
+
+    A trajectory gives one pair for each of the K active windows and costs as many solves as it passes windows; one that a batch's edge
+    cuts is begun in both batches, so whole trajectories (part a multiple of K) cost least. A window of noised data is one solve.
     """
     width, total = len(active), 0
-    depth = np.array(active) + 1
+    down, up = np.array(active) + 1, windows - np.array(active)
     for first in range(0, count, max(1, AT_ONCE // part) * part):  # whole batches
         pairs = np.arange(first, min(first + max(1, AT_ONCE // part) * part, count))
         draws = pairs // width
-        # The last pair of a trajectory that lies in a batch says how far it is solved there.
-        last = np.append((np.diff(draws) != 0) | (np.diff(pairs // part) != 0), True)
-        long = followed(draws, share)
-        total += int(depth[pairs[last & long] % width].sum()) + int((~long).sum())
+        # The last pair of a trajectory in a batch says how far it is solved there; of one from data up to noise the first.
+        edge = (np.diff(draws) != 0) | (np.diff(pairs // part) != 0)
+        last, first_ = np.append(edge, True), np.insert(edge, 0, True)
+        of = kinds(draws, objective)
+        total += int(down[pairs[last & (of == NOISE)] % width].sum() + up[pairs[first_ & (of == FORWARD)] % width].sum() + (of == DATA).sum())
     return total

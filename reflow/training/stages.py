@@ -22,6 +22,7 @@ class StageFlow:
     table: ChordTable
     solver: WindowSolver
     active: torch.Tensor
+    inverter: WindowSolver | None = None  # the solver backwards, where some pairs are made so
 
     def window_of(self, solves: torch.Tensor) -> torch.Tensor:
         """Window of each solve [B]: the active ones in turn, so every batch holds them in equal parts."""
@@ -52,10 +53,14 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
         else:
             solver = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
                                   guidance_scale=guidance, device=device)
+        inverter = None
+        if recipe.objective.forward_share:
+            inverter = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
+                                    guidance_scale=guidance, backward=True, device=device)
         active = trained(stage)
     except ValueError as error:
         raise UserError(f"stages.{index}: {error}") from error
-    return StageFlow(recipe, index, stage, windows, table, solver, torch.tensor(active, device=device))
+    return StageFlow(recipe, index, stage, windows, table, solver, torch.tensor(active, device=device), inverter)
 
 
 def check_compatible(recipe: Recipe, prediction_type: str) -> None:

@@ -14,7 +14,7 @@ from reflow.training import run, targets
 OWN = {
     "learning_rate": 3e-4, "warmup": 16, "method": "heun", "guidance_scale": 3.0, "drops_captions": False, "loss": "pseudo_huber", "space": "eps",
     "direction_weight": 0.25, "direction_norm": "none", "huber_c": 0.01, "huber_norm": "sample", "normalize": "loss", "time_weight": "reciprocal",
-    "window_weight": "speed", "points": "schedule", "starts": "noise", "starts_share": 0.5, "time_density": "exponential", "time_share": 0.25,
+    "window_weight": "speed", "points": "schedule", "starts": "noise", "starts_share": 0.5, "forward_share": 0.1, "time_density": "exponential", "time_share": 0.25,
     "time_upper": 0.5, "time_sharpness": 2.0,
 }  # fmt: skip
 BESIDE = {"direction_weight": {"loss": "aligned_v"}, "direction_norm": {"loss": "aligned_v"}, "huber_c": {"loss": "pseudo_huber"},
@@ -87,6 +87,7 @@ def loss_of(folder):
     (["objective.starts_share=0.3"], "objective.starts_share = 0.3 is the share of trajectories from noise, and objective.starts is 'data'"),
     (["objective.starts_share=0.0"], "objective.starts_share' = 0.0 cannot be used"),
     (["stages.0.space=eps", "stages.0.points=schedule", "stages.0.loss=mse"], "stages.0.space counts with points = 'chord' only"),
+    (["objective.forward_share=0.1"], "stages.1 has objective.forward_share = 0.1, pairs that only the root can make"),
     (["stages.1.guidance_scale=3.0"], "stages.1.guidance_scale is of the root's solves"),
     (["stages.1.method=heun"], "stages.1.method is of the root's solves"),
     (["stages.1.points=schedule"], "stages.1 has loss 'aligned_v' with objective.points = 'schedule'"),

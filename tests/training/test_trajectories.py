@@ -75,13 +75,41 @@ def test_every_part_of_a_trajectory_is_the_same_whoever_solves_it(tmp_path, over
     assert len({item for _, item, _ in whole}) == 3
 
 
-MIXED = "objective.starts_share=0.4"
+MIXED, FORWARD = "objective.starts_share=0.4", "objective.forward_share=0.3"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [(), ("objective.starts=data", "teacher.guidance_scale=2.0"), ("stages.0.half=noisy", MIXED)])
+def test_a_share_of_pairs_comes_from_data_up_to_noise_whoever_asks_for_which(tmp_path, overrides):
+    made = solver(tmp_path, FORWARD, "stages.1.forward_share=0", *overrides)
+    share, table, windows = made.share, made.flow.table, len(made.flow.windows)
+    kinds = made.kinds(np.arange(10)).tolist()
+    assert share == len(made.active) and [n for n, kind in enumerate(kinds) if kind == solves.FORWARD] == [3, 6, 9]
+    whole = made(list(range(7 * share)))
+    for indices in ([3 * share + 1], range(3 * share, 7 * share), [6 * share + share - 1, 3 * share, 0]):
+        solved = made(list(indices))
+        for b, i in enumerate(indices):
+            torch.testing.assert_close(solved.z_start[b], whole.z_start[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(solved.z_end[b], whole.z_end[i], rtol=1e-4, atol=1e-4)
+    for draw in (3, 6):
+        items, dropped, noise = made.inputs([draw * share])
+        z = table.alpha_end[-1] * made.data.latent(items) + table.sigma_end[-1] * noise
+        rows = made.data.conditioning(items, dropped)
+        taught = rows if made.flow.solver.guidance_scale is None else made.data.null_rows(items).cat(rows)
+        for k in reversed(range(windows)):
+            up = made.flow.inverter.solve(lambda x, t, taught=taught: denoise(made.teacher, x, t, taught), z, torch.tensor([k]), input_dtype=made.dtype)
+            if k in made.active:
+                row = draw * share + made.active.index(k)
+                torch.testing.assert_close(whole.z_end[row:row + 1], z, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(whole.z_start[row:row + 1], up, rtol=1e-4, atol=1e-4)
+            z = up
+        assert 0.5 < float(z.std()) < 2  # near noise where it began at a latent
 
 
 @torch.no_grad()
 def test_a_share_of_windows_starts_at_noised_data_whoever_asks_for_which(tmp_path):
     made, pure = solver(tmp_path, MIXED), solver(tmp_path)
-    share, kinds = made.share, made.follows(np.arange(5)).tolist()
+    share, kinds = made.share, (made.kinds(np.arange(5)) == solves.NOISE).tolist()
     assert kinds == [False, False, True, False, True]  # two of five, evenly
     for indices in (range(5 * share), range(share + 1, 3 * share + 2), [2 * share + 1, 0, 4 * share, 3 * share + 2], [2 * share], [1]):
         solved, other = made(list(indices)), pure(list(indices))
@@ -102,11 +130,13 @@ def test_a_share_of_windows_starts_at_noised_data_whoever_asks_for_which(tmp_pat
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
 def test_the_share_of_trajectories_is_exact_and_even(share):
-    kinds = solves.followed(np.arange(4000), share)
+    kinds = solves.chosen(np.arange(4000), share)
     assert kinds.sum() == 4000 * share and np.abs(np.convolve(kinds, np.ones(40), "valid") - 40 * share).max() <= 1
 
 
-@pytest.mark.parametrize("overrides", [(), ("stages.0.half=clean", "stages.0.solver_steps=2"), ("stages.0.windows=5", "stages.1.teacher=root"), (MIXED,)])
+@pytest.mark.parametrize("overrides", [(), ("stages.0.half=clean", "stages.0.solver_steps=2"), ("stages.0.windows=5", "stages.1.teacher=root"), (MIXED,),
+                                       (FORWARD, "stages.1.forward_share=0"), (FORWARD, MIXED, "stages.1.forward_share=0", "stages.0.half=clean"),
+                                       (FORWARD, "stages.1.forward_share=0", "stages.0.half=noisy", "objective.starts=data")])
 @pytest.mark.parametrize("part", [1, 3, 4, 8])
 def test_the_teacher_is_asked_as_often_as_the_plan_counts(tmp_path, overrides, part):
     made = solver(tmp_path, *overrides)
@@ -114,10 +144,10 @@ def test_the_teacher_is_asked_as_often_as_the_plan_counts(tmp_path, overrides, p
         made.teacher.rows = 0
         for first in range(0, count, part):
             made(list(range(first, min(first + part, count))))
-        counted = solves.windows_solved(made.active, count, part, made.recipe.objective.starts_share)
+        counted = solves.windows_solved(made.active, len(made.flow.windows), count, part, made.recipe.objective)
         assert made.teacher.rows == counted * made.flow.stage.solver_steps
-    if part % made.share == 0 and overrides != (MIXED,):
-        assert solves.windows_solved(made.active, 6 * part, part) == 6 * part // made.share * (max(made.active) + 1)
+    if part % made.share == 0 and overrides[:1] not in ((MIXED,), (FORWARD,)):
+        assert solves.windows_solved(made.active, len(made.flow.windows), 6 * part, part, made.recipe.objective) == 6 * part // made.share * (max(made.active) + 1)
 
 
 def test_the_plan_counts_one_solve_a_stored_window_and_says_what_a_cut_costs(tmp_path):
@@ -136,7 +166,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("overrides", [
-    (), ("stages.0.pairs=22", MIXED), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
+    (FORWARD, "stages.1.forward_share=0"), ("stages.0.pairs=22", MIXED), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
 ], ids=lambda o: o[0] if o else "")
 def test_a_cut_run_from_noise_ends_bit_equal_and_other_micro_batches_agree_to_rounding(tmp_path, overrides):
     def recipe(micro):
