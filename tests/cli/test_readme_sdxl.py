@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-SMALL = ["stages.0.samples=4", "stages.1.samples=4", "stages.2.samples=4", "train.batch_size=4", "train.micro_batch=2", "train.warmup=0",
+SMALL = ["stages.0.samples=4", "stages.1.samples=4", "train.batch_size=4", "train.micro_batch=2", "train.warmup=0",
          "model.compile=false", "validate.every=0", "checkpoint.minutes=0"]  # fmt: skip
 
 

@@ -198,6 +198,13 @@ def test_eps_space_is_the_noise_matching_loss(kind, case, close):
     close(chord_loss(output, target, z, table, window, t, kind="mse", space="eps").loss, truth)
 
 
+def test_weights_multiply_those_of_the_eps_space(case, close):
+    output, _, target, z, table, window, t = case("ddim_eps")
+    weight = torch.linspace(0.5, 2.0, len(t), device=t.device, dtype=z.dtype)
+    both = chord_loss(output, target, z, table, window, t, kind="mse", space="eps", weight=weight)
+    close(both.loss, (weight * table.eps_weight(window, t) * both.mse).mean())
+
+
 def test_zero_snr_eps_space_is_finite(zero_snr, case):
     output, _, target, z, table, window, t = case("ddim_v", schedule=zero_snr)
     for loss in ("aligned_v", "pseudo_huber"):

@@ -69,8 +69,9 @@ class ClippedVP(Rectified):
 
 def test_a_sample_teacher_that_would_step_from_no_noise_is_refused_wherever_that_is():
     WindowSolver(ClippedVP(), Windows((1.0, 0.6, 0.3)), 1, prediction_type="sample")
-    with pytest.raises(ValueError, match="cannot step from sigma = 0"):
-        WindowSolver(ClippedVP(), Windows((1.0, 0.6, 0.3, 0.0)), 1, prediction_type="sample")
+    for windows, steps in ((Windows((1.0, 0.6, 0.3, 0.0)), 1), (Windows((1.0, 0.0)), 4)):  # a window's start, and a step inside one
+        with pytest.raises(ValueError, match="cannot step from sigma = 0"):
+            WindowSolver(ClippedVP(), windows, steps, prediction_type="sample")
 
 
 def test_points_on_the_schedule_have_no_aligned_loss(sd):

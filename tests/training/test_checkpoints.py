@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -333,8 +334,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_one_before_g
         write_text(path, text)
 
     monkeypatch.setattr(room, "write_text", full)
-    with pytest.raises(UserError, match=r"The checkpoint .*stage-1-000000032 .*it goes on from stage-1-000000016"):
+    with pytest.raises(UserError, match=r"The checkpoint .*stage-1-000000032 .*it goes on from stage-1-000000016") as said:
         run.train(tiny.short(tmp_path, *SMALL), folder)
+    size = sum(file.stat().st_size for file in (folder / "checkpoints" / "stage-1-000000016").iterdir())
+    assert float(re.search(r"takes about ([\d.e-]+) GB", str(said.value))[1]) * 1e9 == pytest.approx(size, rel=0.08)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "stage-1-000000016"]
     monkeypatch.undo()
     assert run.train(tiny.short(tmp_path, *SMALL), folder) == 0

@@ -47,6 +47,7 @@ def small(name, bases, *overrides):
     family = name.partition("-")[0]
     recipe = reading.load(name)
     sizes = [f"stages.{i}.samples=8" for i in range(len(recipe.stages))]
+    sizes += [f"stages.{i}.solver_steps=3" for i, s in enumerate(recipe.stages) if s.solver_steps > 10]
     sizes += [f"stages.{i}.{key}=6" for i, s in enumerate(recipe.stages) for key in ("pairs",) if s.pairs]
     micro = 2 if recipe.train.micro_batch % 5 else 5
     return reading.load(name, [
@@ -57,7 +58,8 @@ def small(name, bases, *overrides):
 
 
 def test_every_model_and_method_that_is_promised_has_a_recipe():
-    assert set(RECIPES) == {"sd15-proreflow", "sdxl-proreflow", "sd15-perflow", "sdxl-perflow", "sdxl-proreflow-lora", "sdxl-phased", "sd15-rectified"}
+    assert set(RECIPES) == {"sd15-proreflow", "sdxl-proreflow", "sd15-perflow", "sdxl-perflow", "sdxl-proreflow-lora", "sdxl-phased", "sd15-rectified-hybrid", "sd15-instaflow",
+                            "sdxl-proreflow-guided"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
