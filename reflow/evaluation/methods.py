@@ -51,13 +51,15 @@ def teacher_method(base: Base, steps: int, guidance_scale: float = 1.0) -> Metho
     return Method(steps, draw)
 
 
-def student_method(base: Base, student: Student, unet: torch.nn.Module, steps: int) -> Method:
+def student_method(
+    base: Base, student: Student, unet: torch.nn.Module, steps: int, guidance_scale: float = 1.0
+) -> Method:
     """A stage's student with the scheduler that is exported with it."""
 
     def draw(noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         seeds = range(len(noise))
         reading = dict(prediction_type=student.prediction_type, network_time=student.network_time)
-        options = dict(windows=student.windows, noise=noise, decode=False)
+        options = dict(windows=student.windows, noise=noise, guidance_scale=guidance_scale, decode=False)
         return sample(base, unet, conditioning, steps, seeds, **reading, **options).latents
 
     return Method(steps, draw, student)
@@ -93,17 +95,19 @@ def trajectory(
 ) -> torch.Tensor:
     """Path [S+1,B,C,h,w] through the S pieces of `fine`, one step each.
 
-    student None: the base's own DDIM, guided by guidance_scale. Else Euler steps of the student's own velocity.
+    student None: the base's own DDIM. Else Euler steps of the student's own velocity. Guided above 1.
     """
     schedule, device = DiscreteVP.from_config(base.scheduler_config), next(unet.parameters()).device
+    scale = guidance_scale if guidance_scale > 1 else None
     if student is None:
-        scale = guidance_scale if guidance_scale > 1 else None
         solver = WindowSolver(
             schedule, fine, 1, prediction_type=base.prediction_type, guidance_scale=scale, device=device
         )
     else:
         table = ChordTable(schedule, student.windows, student.prediction_type, device=device)
-        solver = WindowSolver.from_student(table, fine, 1, network_time_mode=student.network_time)
+        solver = WindowSolver.from_student(
+            table, fine, 1, network_time_mode=student.network_time, guidance_scale=scale
+        )
     if solver.guidance_scale is not None:
         conditioning = base.null_conditioning(1).expand(len(noise)).cat(conditioning)
     z = noise.to(device, torch.float32)

@@ -51,7 +51,15 @@ def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite
             f"--device {device} needs a GPU that PyTorch can use, and there is none; write cpu or leave it out."
         )
     base = registry.family("digits").load(run.recipe.model.base, device=device)
-    return Suite(base, settings, guidance_scale=learnt_guidance(run))
+    learnt, asked = learnt_guidance(run), settings.guidance
+    if asked is None or asked == learnt:
+        return Suite(base, settings, guidance_scale=learnt)
+    if learnt != 1:
+        raise UserError(
+            f"The students of {run.folder} have learnt guidance {learnt:g} and are sampled without any, so they have no"
+            f" --guidance {asked:g}; write {learnt:g}, or leave it out."
+        )
+    return Suite(base, settings, guidance_scale=asked, student_guidance=asked)
 
 
 def learnt_guidance(run: Run) -> float:

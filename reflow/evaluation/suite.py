@@ -49,7 +49,8 @@ UNEQUAL = 3000  # samples of `frechet_unequal`: against all scans, to compare wi
 @dataclass(frozen=True)
 class Settings:
     """How much is measured. samples: images for each method and sampling seed; unequal: allow more of them than scans;
-    paths: trajectories for straightness."""
+    paths: trajectories for straightness; guidance: of the teacher and of students that have learnt none (None: none, or
+    what the students have learnt)."""
 
     samples: int = 1797
     seeds: int = 3
@@ -57,6 +58,7 @@ class Settings:
     paths: int = 256
     unequal: bool = False
     batch: int = 128
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,12 @@ class Suite:
     scans unless the settings allow unequal sets."""
 
     def __init__(
-        self, base: Base, settings: Settings, *, guidance_scale: float = 1.0, workers: int | None = None
+        self, base: Base, settings: Settings, *, guidance_scale: float = 1.0, student_guidance: float = 1.0,
+        workers: int | None = None,
     ) -> None:
+        """guidance_scale: of the teacher; student_guidance: of the students, 1 where they have learnt the teacher's."""
         self.base, self.settings, self.guidance_scale = base, settings, guidance_scale
+        self.student_guidance = student_guidance
         self.device = next(base.unet.parameters()).device
         scans, labels = digits.images()
         if settings.samples > len(scans) and not settings.unequal:
@@ -167,11 +172,12 @@ class Suite:
         """All measures of one run, ready for JSON."""
         quiet_libraries()
         start, settings = time.perf_counter(), self.settings
-        if any(run.recipe.guidance_of(student.stage) != self.guidance_scale for student in run.students):
+        learnt = self.guidance_scale if self.student_guidance == 1 else 1.0
+        if any(run.recipe.guidance_of(student.stage) != learnt for student in run.students):
             raise ValueError("The suite's teacher and the run's have different guidance scales")
         unets = [student.network(self.base, self.device) for student in run.students]
         pairs = [(run.students[i], unets[i], steps) for i, steps in student_steps(run.students)]
-        students = [student_method(self.base, *pair) for pair in pairs]
+        students = [student_method(self.base, *pair, guidance_scale=self.student_guidance) for pair in pairs]
         counts = sorted({settings.teacher_steps, *(method.steps for method in students)}, reverse=True)
         teachers = [teacher_method(self.base, steps, self.guidance_scale) for steps in counts]
         todo = [m for m in (*teachers, *students) if m.student or m.steps not in self.teacher_draws]
@@ -236,7 +242,8 @@ class Suite:
                 if who is None and fine in taught:
                     path = taught[fine]
                 else:
-                    follow = partial(trajectory, self.base, network, who, fine, guidance_scale=self.guidance_scale)
+                    scale = self.guidance_scale if who is None else self.student_guidance
+                    follow = partial(trajectory, self.base, network, who, fine, guidance_scale=scale)
                     parts = torch.arange(count).split(64)
                     jobs = [(noise[rows], self.conditioning(self.labels[rows])) for rows in parts]
                     path = torch.cat(self.parallel(lambda job, follow=follow: follow(*job).cpu(), jobs), 1)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -204,3 +205,33 @@ def test_machine_is_described():
     found = machine.describe()
     assert found["machine"]["cores"] >= 1 and found["machine"]["processor"]
     assert found["versions"]["torch"] == torch.__version__
+
+
+def test_several_guidance_scales_have_a_report_each(base, untrained, tmp_path, capsys, device):
+    """An untrained student guided at 3 is its teacher's own DDIM guided at 3, in every report."""
+    words = arguments(untrained, samples=60, seeds=1, out=tmp_path / "out", device=str(device))
+    words.guidance = [1.0, 3.0]
+    assert evaluate.run(words) == 0
+    printed = capsys.readouterr().out
+    assert "training seed 0, guidance 3" in printed and str(tmp_path / "out" / "guidance-3" / "index.html") in printed
+    found = {scale: json.loads((tmp_path / "out" / f"guidance-{scale}" / "report.json").read_text()) for scale in (1, 3)}
+    for scale, told in found.items():
+        assert told["settings"]["guidance"] == scale
+        native = [d for d in told["differences"] if d["steps"] == d["windows"]]
+        assert native and all(abs(d["images"]["mean"]) < 1e-5 for d in native)
+        paths = {(s["method"], s["windows"]): s["path"]["mean"] for s in told["straightness"]}
+        assert paths["teacher", 2] > 0
+    errors = [next(m["paired_images"]["mean"] for m in told["methods"] if m["method"] == "teacher" and m["steps"] == 2) for told in found.values()]
+    assert abs(errors[0] - errors[1]) > 1e-3
+    assert evaluate.run(words) == 0 and capsys.readouterr().out.count("is of these weights already") == 2
+    # A run whose students have learnt a guidance has that one only.
+    learnt = tmp_path / "learnt"
+    shutil.copytree(untrained, learnt)
+    (learnt / "recipe.toml").write_text((learnt / "recipe.toml").read_text().replace("guidance_scale = 1.0", "guidance_scale = 2.0", 1))
+    run = open_run(learnt)
+    assert report.make_suite(run, Settings(samples=60, guidance=2.0)).student_guidance == 1.0
+    with pytest.raises(UserError, match="have learnt guidance 2 and are sampled without any, so they have no --guidance 3"):
+        report.make_suite(run, Settings(samples=60, guidance=3.0))
+    with pytest.raises(UserError, match="--guidance 0.5 is not possible"):
+        words.guidance = [0.5]
+        evaluate.run(words)

@@ -61,7 +61,10 @@ def summary(name: str, module, lines: list[dict]) -> dict:
     counts = collections.Counter()
     for line in lines:
         counts.update({k: v for k, v in line.items() if isinstance(v, int) and k != "index"})
-    return {"row": name, "title": module.TITLE, "cases": len(lines), "of": module.CASES, "failed": [x for x in lines if x["failed"]],
+    slopes = {"slopes": {line["kind"]: line["bytes_a_step"] for line in lines if "bytes_a_step" in line}}
+    reasons = {"survivors": {line["mutant"]: line["reason"] for line in lines if line.get("reason")}}
+    more = {**(slopes if slopes["slopes"] else {}), **(reasons if reasons["survivors"] else {})}
+    return {"row": name, "title": module.TITLE, "cases": len(lines), "of": module.CASES, "failed": [x for x in lines if x["failed"]], **more,
             "kinds": dict(sorted(kinds.items())), "totals": dict(sorted(counts.items())), "seconds": round(sum(x["seconds"] for x in lines)),
             "command": f"scripts/soak.sh {name}", **record.stamp("cpu")}
 
