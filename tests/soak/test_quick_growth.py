@@ -44,7 +44,9 @@ def slope(folder, *settings):
     return watch.slope(1 / 3)
 
 
-@pytest.mark.parametrize("settings", [(), ("stages.0.pairs=32", "train.zero_stage=2", "train.precision=bf16")], ids=["solver", "stored pairs, ZeRO 2, bf16"])
+@pytest.mark.parametrize("settings", [
+    pytest.param((), id="solver"),
+    pytest.param(("stages.0.pairs=32", "train.zero_stage=2", "train.precision=bf16"), id="stored pairs, ZeRO 2, bf16", marks=pytest.mark.slow)])
 def test_a_step_holds_on_to_nothing(tmp_path, settings):
     assert slope(tmp_path, *settings) < growth.LIMIT
 

@@ -1,4 +1,4 @@
-"""50 steps of the digits recipe three times in one process: PyTorch ops, Triton ops, and PyTorch ops with the batch the other way round."""
+"""Steps of the digits recipe (so many as the second argument says) three times in one process: PyTorch ops, Triton ops, and PyTorch ops with the batch the other way round."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from reflow.data import sampler
 from reflow.recipes import reading
 from reflow.training import run
 
-out = pathlib.Path(sys.argv[1])
+out, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 recipe = reading.load("digits", ["train.batch_size=16", "train.micro_batch=16", "train.warmup=160", "log.every=80", "validate.every=0", "checkpoint.every=0",
                                 "checkpoint.minutes=0", "train.ema_half_life=0", "train.ema_warmup=false"])
-stages = [recipe.stages[0].model_copy(update={"samples": 800, "pairs": 0, "solver_steps": 1})]
+stages = [recipe.stages[0].model_copy(update={"samples": 16 * steps, "pairs": 0, "solver_steps": 1})]
 recipe = recipe.model_copy(update={"stages": stages})
 
 

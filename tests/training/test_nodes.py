@@ -22,6 +22,7 @@ def test_a_node_that_does_not_share_the_run_directory_is_named(tmp_path):
         run.wait_until_shared(tmp_path / "elsewhere", patience=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_two_nodes_of_a_hostfile_train_one_run(tmp_path):
     tiny.recipe(tmp_path)
