@@ -21,4 +21,5 @@ def test_so_many_steps_with_triton_and_with_torch_agree(tmp_path, steps):
     assert (tmp_path / "parity.json").exists(), finished.stderr
     found = json.loads((tmp_path / "parity.json").read_text())
     for triton, control in zip(found["triton"], found["control"], strict=True):
-        assert 0 < triton < 1e-3 and triton < 10 * control, found
+        # Beside what grows from step to step the sums of the loss themselves are rounded otherwise.
+        assert 0 < triton < 1e-3 and triton < 10 * control + 2e-5, found
