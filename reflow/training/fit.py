@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,18 +31,24 @@ def check(recipe: Recipe, run_dir: pathlib.Path, device: torch.device) -> None:
         base, _ = plan.find_base(recipe)
         latent, counts = plan.sized(recipe, base, passes=device.type == "cuda" and not recipe.model.compile)
     except UserError:
-        return  # the base comes from the hub, or loading it says what is wrong
-    short = [*of_device(recipe, counts, device), *of_machine(recipe, counts, device)]
-    if dist.get_rank() == 0:
+        counts = None  # the base comes from the hub, or loading it says what is wrong, on this rank alone perhaps
+    here = gathered(socket.gethostname()).count(socket.gethostname())
+    short = [] if counts is None else [*of_device(recipe, counts, device), *of_machine(recipe, counts, device, here)]
+    if counts is not None and dist.get_rank() == 0:
         short += of_disk(recipe, counts, latent, run_dir)
-    said: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(said, short)
-    all_short = list(dict.fromkeys(text for texts in said for text in texts))
+    all_short = list(dict.fromkeys(text for texts in gathered(short) for text in texts))
     if all_short and recipe.train.check_fit:
         raise UserError(f"This run cannot fit: {'; '.join(all_short)}. `--dry-run` prints the whole plan and what other settings take; "
                         f"--set train.check_fit=false starts it all the same.")
     if all_short and dist.get_rank() == 0:
         print(f"This run may not fit: {'; '.join(all_short)}.", flush=True)
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each rank has, on all of them."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
 
 
 def of_device(recipe: Recipe, counts: Counts, device: torch.device) -> list[str]:
@@ -64,9 +71,9 @@ def of_device(recipe: Recipe, counts: Counts, device: torch.device) -> list[str]
             f"'adamw8bit', train.offload, ZeRO and a LoRA take less)"]
 
 
-def of_machine(recipe: Recipe, counts: Counts, device: torch.device) -> list[str]:
-    """What is short of the memory that the ranks of this machine share."""
-    world, ranks = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+def of_machine(recipe: Recipe, counts: Counts, device: torch.device, ranks: int) -> list[str]:
+    """What is short of the memory that the ranks of this machine, so many, share."""
+    world = dist.get_world_size()
     parts = plan.in_cpu_memory(recipe, counts, world)
     if device.type != "cuda":
         parts = {**parts, **{name: size + parts.get(name, 0) for name, size in plan.memory(recipe, counts, world).items()}}

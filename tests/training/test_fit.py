@@ -85,21 +85,25 @@ def test_offload_counts_in_the_machines_memory_for_every_rank_there(tmp_path, mo
     counts = plan.counts_of(recipe, plan.find_base(recipe)[0], (4, 8, 8), passes=False)
     one = sum(plan.in_cpu_memory(recipe, counts, 1).values())
     monkeypatch.setattr(fit, "machine_bytes", lambda: one)
-    assert fit.of_machine(recipe, counts, GPU) == []
+    assert fit.of_machine(recipe, counts, GPU, 1) == []
     monkeypatch.setattr(fit, "machine_bytes", lambda: one - 1)
-    assert "base 9.56 GiB, masters 9.56 GiB, optimizer 19.1 GiB" in fit.of_machine(recipe, counts, GPU)[0]
+    assert "base 9.56 GiB, masters 9.56 GiB, optimizer 19.1 GiB" in fit.of_machine(recipe, counts, GPU, 1)[0]
     # Two ranks share the offloaded states, and each holds the base.
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(fit, "machine_bytes", lambda: one + plan.in_cpu_memory(recipe, counts, 2)["base"] - 1)
-    assert "for 2 ranks" in fit.of_machine(recipe, counts, GPU)[0]
+    assert "for 2 ranks" in fit.of_machine(recipe, counts, GPU, 2)[0]
+    assert fit.of_machine(recipe, counts, GPU, 1) == []  # the other one is on another machine
 
 
 def test_what_another_rank_lacks_ends_all_of_them(tmp_path, monkeypatch):
     def gather(out, mine):
-        out[:] = [mine, ["the plan counts 9 GiB of GPU memory a rank, and rank 1's GPU on node2 has 8 GiB"]]
+        out[:] = [mine, "node2"] if isinstance(mine, str) else [mine, ["the plan counts 9 GiB of GPU memory a rank, and rank 1's GPU on node2 has 8 GiB"]]
 
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert "rank 1's GPU on node2 has 8 GiB" in refusal(tiny.recipe(tmp_path), tmp_path / "run", torch.device("cpu"))
+    # A rank that lacks the base, and so the plan, hears of it too.
+    monkeypatch.setattr(plan, "find_base", lambda _: (_ for _ in ()).throw(UserError("not here")))
     assert "rank 1's GPU on node2 has 8 GiB" in refusal(tiny.recipe(tmp_path), tmp_path / "run", torch.device("cpu"))
 
 
