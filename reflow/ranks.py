@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 from collections.abc import Mapping
 
@@ -14,6 +16,17 @@ from reflow.errors import UserError
 def barrier() -> None:
     """Return once every rank is here. NCCL, which waits by a sum on a GPU, is told this rank's own instead of guessing it from the rank."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has, below those that systems lend to outgoing connections (from 32768 on): one of these may be
+    lent away before a launcher, which takes seconds to start, comes to listen on it."""
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(20_000, 32_768)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def need_equal(told: Mapping[str, str]) -> None:

@@ -9,11 +9,10 @@ run=runs/quickstart
 
 # Two ranks on a CPU; on GPUs the largest power of two, so that the recipe's batch is shared evenly. A free port for the ranks.
 read -r device ranks port < <("$REFLOW_PYTHON" - <<'PYTHON'
-import socket, torch
+import torch
+from reflow.ranks import free_port
 gpus = torch.cuda.device_count()
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    print("cuda" if gpus else "cpu", 1 << gpus.bit_length() - 1 if gpus else 2, free.getsockname()[1])
+print("cuda" if gpus else "cpu", 1 << gpus.bit_length() - 1 if gpus else 2, free_port())
 PYTHON
 )
 if [ "$device" = cpu ]; then

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from reflow.evaluation import machine, pictures, report, table
 from reflow.evaluation.intervals import t_interval
 from reflow.evaluation.runs import open_run
 from reflow.evaluation.suite import Settings
+from reflow.ranks import free_port
 from reflow.recipes import reading
 from reflow.weights.runs import stage_folder
 
@@ -124,11 +124,8 @@ def taken(out: Path) -> dict[str, float]:
 
 def launch(recipe: str, folder: Path, overrides: Sequence[str], ranks: int) -> list[str]:
     """The command of the deepspeed launcher, on a free port, so that two runs on one machine do not meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    place = ["--num_accelerators", str(ranks), "--master_port", str(port)]
+    place = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     program = ["--module", "reflow.cli", "train", "--recipe", recipe, "--run-dir", str(folder)]
     return [*launcher, *place, *program, *(part for override in overrides for part in ("--set", override))]
 

@@ -13,10 +13,11 @@ import multiprocessing.forkserver
 import os
 import pathlib
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
+
+from reflow.ranks import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["nursery_ready"])
@@ -82,12 +83,6 @@ def run(words: list[str], folder: pathlib.Path, *, ranks: int = 1, rank: int = 0
     said = "".join(place.read_text(errors="replace") for place in places if place.exists())
     counted = places[0].with_suffix(".changes")
     return Ended(tuple(child.exitcode for child in children), int(counted.read_text()) if counted.exists() else 0, time.monotonic() - start, said)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def work(text: str) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from reflow.ranks import free_port
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -24,9 +25,7 @@ def launch():
         env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
         if torch.cuda.device_count() < ranks:
             env.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [str(pathlib.Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port),
                    str(script), *map(str, args)]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200, **kwargs)

@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from reflow.errors import UserError
+from reflow.ranks import free_port
 from reflow.training import run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,9 +28,7 @@ def test_a_node_that_does_not_share_the_run_directory_is_named(tmp_path):
 def test_two_nodes_of_a_hostfile_train_one_run(tmp_path):
     tiny.recipe(tmp_path)
     (tmp_path / "hostfile").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in group} | {
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -2,6 +2,7 @@
 
 import atexit
 import pathlib
+import socket
 
 import pytest
 import torch
@@ -39,3 +40,13 @@ def test_a_group_on_a_gpu_is_used_once_at_its_start_and_left_at_the_end(monkeypa
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     engine.leave_group()
     assert done[2:] == ["left"]
+
+
+def test_a_free_port_is_none_that_the_system_lends_and_none_that_is_taken(monkeypatch):
+    assert all(20_000 <= ranks.free_port() < 32_768 for _ in range(50))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ranks.free_port()))
+        taken.listen()
+        drawn = iter([taken.getsockname()[1], taken.getsockname()[1], 20_001, 20_002, 20_003])
+        monkeypatch.setattr(ranks.random.SystemRandom, "randrange", lambda *_: next(drawn))
+        assert ranks.free_port() in (20_001, 20_002, 20_003)

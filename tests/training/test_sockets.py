@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "soak"))
 
 import nursery
 
+from reflow.ranks import free_port
 from reflow.training import meeting
 
 PROBE = """
@@ -55,7 +56,7 @@ def meet(rank, port, out):
 
 def test_ranks_of_one_machine_listen_on_loopback_alone(tmp_path):
     nursery.ready()
-    port, places = nursery.free_port(), [tmp_path / "0", tmp_path / "1"]
+    port, places = free_port(), [tmp_path / "0", tmp_path / "1"]
     children = [nursery.CONTEXT.Process(target=meet, args=(rank, port, str(place))) for rank, place in enumerate(places)]
     for child in children:
         child.start()
