@@ -1,6 +1,7 @@
 """`reflow evaluate` end to end on run directories made by hand, so that what must come out is known."""
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -207,8 +208,14 @@ def test_machine_is_described():
     assert found["versions"]["torch"] == torch.__version__
 
 
-def test_several_guidance_scales_have_a_report_each(base, untrained, tmp_path, capsys, device):
+def test_several_guidance_scales_have_a_report_each(base, untrained, tmp_path, capsys, device, monkeypatch):
     """An untrained student guided at 3 is its teacher's own DDIM guided at 3, in every report."""
+    monkeypatch.setattr(suite_module, "Settings", functools.partial(Settings, teacher_steps=8, paths=8))
+    for name, few in {"TIMING_BATCH": 4, "TIMING_ROUNDS": 1, "FLOOR_SPLITS": 2}.items():
+        monkeypatch.setattr(suite_module, name, few)
+    monkeypatch.setattr(report.pictures, "curves", lambda *a: None)  # of the training, which is drawn elsewhere
+    monkeypatch.setattr(report.pictures, "progress", lambda *a: None)
+    monkeypatch.setattr(report.page, "write", lambda found, new, recipe: (new / "index.html").write_text("page"))
     words = arguments(untrained, samples=60, seeds=1, out=tmp_path / "out", device=str(device))
     words.guidance = [1.0, 3.0]
     assert evaluate.run(words) == 0
