@@ -131,6 +131,7 @@ def losses(folder):
     return [(r["total_samples"], r["loss"]) for r in records if r["event"] == "train"]
 
 
+@pytest.mark.slow  # a killed rank by the launcher; test_kills.py kills without it
 @pytest.mark.launch
 def test_a_killed_rank_ends_the_others_and_the_same_command_ends_bit_equal(matrix, launch, tmp_path):
     tiny.recipe(tmp_path)
