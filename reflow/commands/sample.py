@@ -209,15 +209,15 @@ def run(args: argparse.Namespace) -> int:
     null = None if args.negative_prompt is None else base.encode_prompts([args.negative_prompt], size)
     start = {} if picture is None else {"strength": strength, "init": base.encode_images(from_pil(picture, base, size))}
 
+    counts = args.steps if args.steps and len(args.steps) > 1 else None  # of each window
     name = public_name(source.name) if args.model else source.name
     note = {"model": name, "steps": steps, "guidance": list(scales) if len(set(scales)) > 1 else scales[0]}
     note |= {"windows": None if scheduler is None else list(scheduler.windows.boundaries), "dtype": dtype}
-    note |= {"steps_per_window": list(args.steps)} if args.steps and len(args.steps) > 1 else {}
+    note |= {"steps_per_window": list(counts)} if counts else {}
     note |= {"teacher_windows": list(args.teacher_windows)} if args.teacher_windows else {}
     note |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     note |= {"height": size[0], "width": size[1]} if size else {}
     note |= {"init_image": public_name(args.init_image), "strength": strength} if picture else {}
-    counts = args.steps if args.steps and len(args.steps) > 1 else None
     how_to = dict(scheduler=scheduler, null=null, resolution=size)
 
     def draw(some: list[str], seeds: range) -> Any:

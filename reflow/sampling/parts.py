@@ -13,10 +13,10 @@ from torch import nn
 
 from reflow.errors import UserError
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
-from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.conditioning import Conditioning
 from reflow.models.family import Base
 from reflow.sampling.piecewise import PiecewiseFlowScheduler
-from reflow.sampling.sampler import Resolution, Samples, collect
+from reflow.sampling.sampler import Resolution, Samples, collect, one_window
 
 
 def sample_parts(
@@ -73,15 +73,8 @@ def sample_parts(
         solvers.append((solver, base.unet if taught else student))
 
     def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
-        window = torch.zeros(len(z), dtype=torch.long, device=z.device)
         for solver, network in solvers:
-            rows = null.cat(prompt) if solver.guidance_scale is not None and null is not None else prompt
-            dtype = next(network.parameters()).dtype
-
-            def velocity(x: torch.Tensor, t: torch.Tensor, network: nn.Module = network, rows: Conditioning = rows) -> torch.Tensor:
-                return denoise(network, x, t, rows)
-
-            z = solver.solve(velocity, z, window, input_dtype=dtype)
+            z = one_window(solver, network, z, prompt, null)
         return z
 
     return collect(

@@ -176,11 +176,7 @@ def sample_teacher(
         raise UserError(str(error)) from error
 
     def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
-        rows = null.cat(prompt) if null is not None else prompt
-        window = torch.zeros(len(z), dtype=torch.long, device=z.device)
-        return solver.solve(
-            lambda x, timestep: denoise(unet, x, timestep, rows), z, window, input_dtype=parameter.dtype
-        )
+        return one_window(solver, unet, z, prompt, null)
 
     return collect(
         base,
@@ -196,6 +192,16 @@ def sample_teacher(
         batch_size=batch_size,
         decode=decode,
     )
+
+
+def one_window(
+    solver: WindowSolver, network: nn.Module, z: torch.Tensor, prompt: Conditioning, null: Conditioning | None
+) -> torch.Tensor:
+    """z [B,C,h,w] at the end of a solver's only window; the null prompt's rows are taken where the solver is guided."""
+    rows = null.cat(prompt) if solver.guidance_scale is not None and null is not None else prompt
+    window = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    dtype = next(network.parameters()).dtype
+    return solver.solve(lambda x, timestep: denoise(network, x, timestep, rows), z, window, input_dtype=dtype)
 
 
 @torch.no_grad()

@@ -94,15 +94,15 @@ class Solver:
         kinds = self.kinds(np.array(draws))
         if len(set(kinds)) > 1:
             return self.mixed(indices, kinds)
-        on_paths = kinds[0] != DATA
-        different = list(dict.fromkeys(draws)) if on_paths else draws
+        together = kinds[0] != DATA  # the windows of a trajectory, which is solved once
+        different = list(dict.fromkeys(draws)) if together else draws
         items, dropped, noise = self.drawn(different)
         window = self.flow.window_of(torch.tensor(indices, device=self.device))
         student = self.data.conditioning(items, dropped).to(self.device, torch.float32)
         taught = student if self.recipe.teacher.drops_captions else self.data.conditioning(items).to(self.device, torch.float32)
         noise = noise.to(self.device)
         with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
-            if on_paths:
+            if together:
                 place = {draw: row for row, draw in enumerate(different)}
                 rows, windows = [place[draw] for draw in draws], [self.active[i % self.share] for i in indices]
                 if kinds[0] == NOISE:
@@ -142,7 +142,7 @@ class Solver:
                                               *inputs, input_dtype=self.dtype)
             if self.captured.fits(z, window, *inputs):
                 return self.captured(z, window, *inputs)
-        solver = self.flow.inverter if backward and self.flow.inverter else self.flow.solver
+        solver = self.flow.inverter if backward else self.flow.solver
         return solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
 
     def trajectories(self, begin: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning, items: torch.Tensor,

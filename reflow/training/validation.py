@@ -119,18 +119,23 @@ class Validation:
                     for n in (steps, len(self.flow.windows)))
             self.rows = [(f"teacher, {counted(steps)}", teacher.images)]
             if untrained is not None:
-                found = self.measure(untrained.eval(), total, 0)
-                self.picture(untrained, total, "untrained", found)
+                found, images = self.measure(untrained.eval(), total, 0)
+                self.picture(untrained, total, "untrained", found, images)
         barrier()
 
-    def measure(self, unet: torch.nn.Module, total: int, samples: int) -> dict[str, Any]:
-        """The student beside its teacher at one step a window after `samples` of the stage: into the log, and for the bar."""
-        steps = len(self.flow.windows)
-        found = verdict.compare(self.student_samples(unet, steps, self.guidances[1], decode=False).latents, self.own, self.fine)
+    def measure(self, unet: torch.nn.Module, total: int, samples: int) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The student beside its teacher at one step a window after `samples` of the stage: into the log, and for the bar.
+
+        And its images, where the picture has a row of that very sampling.
+        """
+        steps, settings = len(self.flow.windows), self.recipe.validate_
+        shown = steps in settings.steps and self.guidances[1] == settings.guidance_scale
+        drawn = self.student_samples(unet, steps, self.guidances[1], decode=shown)
+        found = verdict.compare(drawn.latents, self.own, self.fine)
         self.log.write("paired", total, {"stage": self.flow.index, "samples": samples, "steps": steps,
                                          "teacher_steps": self.recipe.validate_.teacher_steps, **found})
         self.shown = {"student": found["student_error"], "teacher": found["teacher_error"]}
-        return found
+        return found, drawn.images
 
     @torch.no_grad()
     def fixed_losses(self, unet: torch.nn.Module) -> list[dict[str, float]]:
@@ -165,8 +170,8 @@ class Validation:
         if dist.get_rank() == 0:
             unet, total = averaged(averages), before + samples
             self.log.write("validate", total, {"stage": self.flow.index, "windows": self.fixed_losses(unet)})
-            found = self.measure(unet, total, samples)
-            self.picture(unet, total, "EMA", found)
+            found, images = self.measure(unet, total, samples)
+            self.picture(unet, total, "EMA", found, images)
             if last:
                 self.judge(found, total)
             else:
@@ -186,15 +191,16 @@ class Validation:
         self.log.write("behind", total, {"stage": self.flow.index, "samples": samples, "said": said})
         tqdm.write(said)
 
-    def picture(self, unet: torch.nn.Module, total: int, weights: str, found: dict[str, Any]) -> None:
+    def picture(self, unet: torch.nn.Module, total: int, weights: str, found: dict[str, Any], images: torch.Tensor | None) -> None:
         """A grid of the student beside the teacher, with its prompts and settings, into the folder and TensorBoard. weights: "untrained", "EMA".
 
-        found: its distance to the teacher at one step a window, which stands beside that row.
+        found: its distance to the teacher at one step a window, which stands beside that row; images: of that row, where they are drawn already.
         """
         recipe, student = self.recipe, self.recipe.student
         guidance, counts = recipe.validate_.guidance_scale, [n for n in sorted(recipe.validate_.steps) if n >= len(self.flow.windows)]
         name = "student" if weights == "EMA" else f"{weights} student"
-        rows = [*self.rows, *((f"{name}, {counted(n)}", self.student_samples(unet, n, guidance).images) for n in counts)]
+        ready = {} if images is None else {len(self.flow.windows): images}
+        rows = [*self.rows, *((f"{name}, {counted(n)}", ready[n] if n in ready else self.student_samples(unet, n, guidance).images) for n in counts)]
         drawn, trained = pictures.labelled_grid([(self.with_error(label, found), row) for label, row in rows], self.prompts), weights == "EMA"
         pictures.save(drawn, self.folder / f"{total:09d}{'' if trained else f'-{weights}'}.png", {
             "recipe": recipe.name, "base": recipe.model.base, "stage": self.flow.index + 1, "samples": total, "weights": weights,
