@@ -137,7 +137,7 @@ class Ours:
         # Only what micro_step reads: the rest of a Loop belongs to a run directory.
         self.loop = Loop.__new__(Loop)
         self.loop.recipe, self.loop.device, self.loop.dtype = recipe, scene.device, scene.dtype
-        self.meter, self.clock = Meter(len(self.flow.windows), scene.device), Clock(scene.device)
+        self.meter, self.clock = Meter(len(self.flow.parts), scene.device), Clock(scene.device)
         self.samples, self.count = list(range(self.batch)), 0
         self._solved: Solved | None = None
 

@@ -84,7 +84,7 @@ def make(
         pictures.sample_grid(suite.pictures, suite.labels).save(new / "grid.png", optimize=True)
         pictures.difference_grid(suite.pictures, suite.labels).save(new / "differences.png", optimize=True)
         pictures.quality(report, new / "quality.png")
-        pictures.curves(run.log("train"), [len(s.edges) - 1 for s in run.recipe.stages], new / "curves.png")
+        pictures.curves(run.log("train"), [len(s.solved_edges) - 1 for s in run.recipe.stages], new / "curves.png")
         pictures.progress(run.log("train"), run.log("validate"), new / "training.png")
         write_json(report, new / "report.json")
         page.write(report, new, reading.dump(run.recipe))

@@ -4,6 +4,7 @@ Imports torch and reflow_kernels only. Time runs from t=1 (noise) to t=0 (data) 
 """
 
 from .chord import PREDICTION_TYPES, ChordTable
+from .merging import Merger
 from .objective import (
     chord_loss,
     sample_tau,
@@ -24,6 +25,7 @@ __all__ = [
     "ChordTable",
     "ContinuousVP",
     "DiscreteVP",
+    "Merger",
     "Rectified",
     "Schedule",
     "WindowSolver",

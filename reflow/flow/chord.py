@@ -37,6 +37,9 @@ class ChordTable:
     speed                           root mean square of v_target for unit-variance x0 and one constant eps: the size
                                     that an error in velocity should be compared with
 
+    ends: clean ends of the chords where they are not the windows' own: of windows that merge while they are learnt,
+        whose chords reach beyond the next boundary (`reflow.flow.merging`).
+
     Raises ValueError for an unknown prediction type and for an eps type in a window whose start carries no signal.
     """
 
@@ -46,18 +49,18 @@ class ChordTable:
         windows: Windows,
         prediction_type: str,
         *,
+        ends: tuple[float, ...] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         if prediction_type not in PREDICTION_TYPES:
             known = ", ".join(f'"{name}"' for name in PREDICTION_TYPES)
             raise ValueError(f'prediction_type "{prediction_type}" is not known for a student; known are {known}.')
-        self.schedule, self.windows, self.prediction_type = schedule, windows, prediction_type
+        self.schedule, self.windows, self.prediction_type, self.ends = schedule, windows, prediction_type, ends
         self.device, self.dtype = torch.device(device), dtype
 
-        times = torch.tensor(windows.boundaries, dtype=torch.float64)
-        alpha, sigma = schedule.alpha_sigma(times)
-        a_s, s_s, a_e, s_e, dt = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], times[1:] - times[:-1]
+        t_start, t_end = (torch.tensor(t, dtype=torch.float64) for t in (windows.t_start, ends or windows.t_end))
+        (a_s, s_s), (a_e, s_e), dt = schedule.alpha_sigma(t_start), schedule.alpha_sigma(t_end), t_end - t_start
         if prediction_type in ("ddim_eps", "diff_eps") and bool((a_s < MIN_ALPHA).any()):
             k = int((a_s < MIN_ALPHA).nonzero()[0])
             raise ValueError(
@@ -80,7 +83,7 @@ class ChordTable:
         def keep(value: Tensor) -> Tensor:
             return value.to(device=self.device, dtype=dtype)
 
-        self.t_start, self.t_end, self.dt = keep(times[:-1]), keep(times[1:]), keep(dt)
+        self.t_start, self.t_end, self.dt = keep(t_start), keep(t_end), keep(dt)
         self.alpha_start, self.sigma_start = keep(a_s), keep(s_s)
         self.alpha_end, self.sigma_end = keep(a_e), keep(s_e)
         self.speed = keep(torch.sqrt(d_a**2 + d_s**2) / dt.abs())
@@ -95,7 +98,8 @@ class ChordTable:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ChordTable:
         """The same table on another device or in another dtype, computed afresh in fp64."""
-        return ChordTable(self.schedule, self.windows, self.prediction_type, device=device, dtype=dtype or self.dtype)
+        kind, dtype = self.prediction_type, dtype or self.dtype
+        return ChordTable(self.schedule, self.windows, kind, ends=self.ends, device=device, dtype=dtype)
 
     def time(self, window: Tensor, tau: Tensor) -> Tensor:
         """t = t_start + tau dt, [B], for tau in [0, 1]."""

@@ -89,14 +89,19 @@ def check(recipe: Recipe, where: str) -> None:
         edges = stage.edges
         if len(edges) < 2 or any(a <= b for a, b in itertools.pairwise(edges)) or edges[0] > 1 or edges[-1] < 0:
             raise UserError(f"{where}: {key}.boundaries must fall from at most 1 (noise) to at least 0 (data); it is {quote(list(edges))}.")
-        indices = min(round(1000 * a) - round(1000 * b) for a, b in itertools.pairwise(edges))
+        if stage.merges and (len(edges) - 1) * 2**stage.merges > 1000:
+            raise UserError(f"{where}: {key} has {len(edges) - 1} windows of 2^{stage.merges} parts each (merges), and all of time has 1000; "
+                            f"write fewer merges.")
+        solved = stage.solved_edges
+        indices = min(round(1000 * a) - round(1000 * b) for a, b in itertools.pairwise(solved))
         if stage.solver_steps > indices:
-            raise UserError(f"{where}: {key}.solver_steps is {stage.solver_steps}, but its smallest window spans only {indices} schedule "
-                            f"indices; write at most {indices}.")
+            raise UserError(f"{where}: {key}.solver_steps is {stage.solver_steps}, but its smallest {'part' if stage.merges else 'window'} spans "
+                            f"only {indices} schedule indices; write at most {indices}.")
         if i == 0 and stage.teacher == "previous":
             raise UserError(f"{where}: {key}.teacher is 'previous', but the first stage has no previous student; write 'root'.")
-        if stage.teacher == "previous" and not set(edges) <= set(recipe.stages[i - 1].edges):
-            raise UserError(f"{where}: {key} merges windows of stage {i - 1}, so each of its boundaries must be one of that stage's "
+        if stage.teacher == "previous" and not set(solved) <= set(recipe.stages[i - 1].edges):
+            own = "the boundaries of its parts" if stage.merges else "its boundaries"
+            raise UserError(f"{where}: {key} merges windows of stage {i - 1}, so each of {own} must be one of that stage's "
                             f"({quote(list(recipe.stages[i - 1].edges))}); use teacher = 'root' or other windows.")
         if stage.samples < recipe.train.batch_size:
             raise UserError(f"{where}: {key}.samples is {stage.samples}, less than one batch of train.batch_size = {recipe.train.batch_size}; "
@@ -144,6 +149,9 @@ def check_own(recipe: Recipe, index: int, where: str) -> None:
             wanted = " or ".join(f"'{value}'" for value in values)
             raise UserError(f"{where}: stages.{index}.{own} counts with {other} = {wanted} only, and the stage has {other} = '{found}'; "
                             f"leave it out, or write stages.{index}.{other}.")
+    if stage.self_share is not None and not stage.merges:
+        raise UserError(f"{where}: stages.{index}.self_share counts where the stage merges windows itself; write stages.{index}.merges = 1 or more, "
+                        f"or leave it out.")
     own = next((key for key in ("guidance_scale", "method") if getattr(stage, key) is not None), None)
     if own and stage.teacher == "previous":
         raise UserError(f"{where}: stages.{index}.{own} is of the root's solves, and this stage is taught by the student before it, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -41,6 +42,11 @@ def one_line(value: str) -> str:
     return value
 
 
+def uniform(count: int) -> tuple[float, ...]:
+    """Boundaries of `count` windows of equal width."""
+    return (*(1 - k / count for k in range(count)), 0.0)
+
+
 STAGE_SECTIONS = ("teacher", "objective", "train")  # of which a stage may have keys of its own
 
 
@@ -63,6 +69,10 @@ class Stage(Section):
     """Windows solved once and stored; 0: solve every window as it comes."""
     pairs_from: str = ""
     """A folder of `reflow prepare --pairs`, instead of solving; `pairs` then says how many of them (0: all)."""
+    merges: Annotated[int, Field(ge=0, le=9)] = 0
+    """Above 0: self-merging. The teacher solves each window in 2^merges parts, and the stage's own EMA student puts neighbours together."""
+    self_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Of `merges`: share in the loss of the chords that the student finishes, by default their number's, a half."""
     chords_per_solve: PositiveInt = 1
     """Points that are taken from every solved window; divides `train.micro_batch`."""
     learning_rate: PositiveFloat | None = None
@@ -118,9 +128,15 @@ class Stage(Section):
     @property
     def edges(self) -> tuple[float, ...]:
         """Window boundaries from t=1 (noise) down to t=0 (data)."""
-        if self.windows is None:
-            return self.boundaries or ()
-        return (*(1 - k / self.windows for k in range(self.windows)), 0.0)
+        return uniform(self.windows) if self.windows is not None else self.boundaries or ()
+
+    @property
+    def solved_edges(self) -> tuple[float, ...]:
+        """Boundaries of what the teacher solves: the windows, or the parts that merge into them."""
+        if self.windows is not None:
+            return uniform(self.windows * 2**self.merges)
+        count = 2**self.merges
+        return (*(a + (b - a) * i / count for a, b in itertools.pairwise(self.edges) for i in range(count)), *self.edges[-1:])
 
 
 class Recipe(Section):

@@ -234,8 +234,22 @@ class Engine:
         """This rank's optimizer states that are real numbers; those of 8-bit optimizers are codes and their scales."""
         return [t for state in self.base.state.values() for t in state.values() if torch.is_tensor(t) and t.is_floating_point()]
 
+    def whole(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole fp32 tensors by parameter name on every rank's device, from buffers laid out as `masters`. All ranks call it."""
+        for name, full in self._placed(buffers):
+            if self.stage > 0 and dist.get_world_size() > 1:
+                dist.all_reduce(full)
+            yield name, full.view(self.shapes[name])
+
     def named(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole fp32 tensors by parameter name on rank 0's CPU, empty elsewhere, from buffers laid out as `masters`. All ranks call it."""
+        """The same on rank 0's CPU, empty elsewhere."""
+        for name, full in self._placed(buffers):
+            if self.stage > 0 and dist.get_world_size() > 1:
+                dist.reduce(full, dst=0)
+            yield name, full.view(self.shapes[name]).cpu() if dist.get_rank() == 0 else torch.empty(0)
+
+    def _placed(self, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's stretches of each parameter in the place of the whole, flat; zeros where other ranks hold it."""
         held: dict[str, list[Piece]] = {}
         for piece in self.pieces:
             held.setdefault(piece.name, []).append(piece)
@@ -243,9 +257,7 @@ class Engine:
             full = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
             for piece in held.get(name, []):
                 full[piece.start:piece.start + piece.length] = buffers[piece.buffer].view(-1)[piece.offset:piece.offset + piece.length]
-            if self.stage > 0 and dist.get_world_size() > 1:
-                dist.reduce(full, dst=0)
-            yield name, full.view(shape).cpu() if dist.get_rank() == 0 else torch.empty(0)
+            yield name, full
 
     def state(self, buffers: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """`named` as a dictionary; on other ranks than 0 an empty one."""

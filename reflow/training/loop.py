@@ -22,6 +22,7 @@ from reflow.training import networks, optimizers, stages, targets
 from reflow.training.checkpoint import Checkpoints, save_weights, together
 from reflow.training.ema import Ema, decay
 from reflow.training.engine import Engine
+from reflow.training.merged import Merged
 from reflow.training.pairs import PairStore, reuse
 from reflow.training.progress import Progress, Rate, say
 from reflow.training.signals import LEFT_EARLY, Signals
@@ -99,7 +100,8 @@ class Loop:
         validation.prepare(student if resume is None else None, before)
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
-        ema, meter, clock = Ema(engine.masters), Meter(len(flow.windows), self.device), Clock(self.device)
+        merged = Merged(flow, source, self.networks) if flow.merger else None
+        ema, meter, clock = Ema(engine.masters), Meter(len(flow.parts), self.device), Clock(self.device)
         step, pace = 0, Rate()
         if resume is not None:
             say(f"stage {index + 1}: reading the checkpoint {resume}")
@@ -117,9 +119,11 @@ class Loop:
             done = step * train.batch_size
             rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
             rate = optimizers.learning_rate(train.learning_rate, train.schedule, train.warmup, total, done, train.batch_size)
+            if merged:
+                merged.follow(engine, ema)
             for samples in rows:
-                with clock.part("data" if stage.stored else "teacher"):
-                    solved = source(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
+                with clock.part("data" if stage.stored and not merged else "teacher"):
+                    solved = (merged or source)(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
                 if not self.micro_step(engine, flow, solved, samples, rate, meter, clock, step):
                     skipped.append(step)
             ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
@@ -190,7 +194,8 @@ class Loop:
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
             good = good[copies] & usable(output.detach())
             output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
-            result = targets.loss(output, points, table, recipe.objective, weight=good.float())
+            weight = good.float() if flow.merger is None else good * flow.merger.weight[points.window]
+            result = targets.loss(output, points, table, recipe.objective, weight=weight)
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)
             engine.backward(result.loss)
         with clock.part("optimizer"):

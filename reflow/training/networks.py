@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -84,6 +84,18 @@ class Whole:
         unet.load_state_dict(averages, strict=False)
         return unet if self.recipe.train.precision == "fp32" else unet.to(torch.bfloat16)
 
+    def follower(self) -> Any:
+        """A frozen network of what the engine computes in, whose trained parameters `follow` sets anew at every step."""
+        unet = self.network(None).requires_grad_(False).eval().to(trained_dtype(self.recipe))
+        return prepare(unet, self.recipe.model, trains=False)
+
+    @torch.no_grad()
+    def follow(self, follower: Any, averages: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Give a follower these values of the trained parameters."""
+        held = dict(follower.named_parameters())
+        for name, value in averages:
+            held[name].copy_(value)
+
     def to_save(self, averages: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The state that a stage leaves."""
         return {**self.base.unet.state_dict(), **averages}
@@ -99,7 +111,7 @@ class Lora(Whole):
                  make_unet: Callable[[], torch.nn.Module]) -> None:
         super().__init__(recipe, run_dir, base, device, make_unet)
         previous = any(stage.teacher == "previous" for stage in recipe.stages)
-        names = [STUDENT] + [TEACHER] * previous + [AVERAGE] * bool(recipe.validate_.every)
+        names = [STUDENT] + [TEACHER] * previous + [AVERAGE] * bool(recipe.validate_.every or any(stage.merges for stage in recipe.stages))
         model = recipe.model
         if base.unet.dtype != solver_dtype(recipe):
             base.unet.to(solver_dtype(recipe))
@@ -131,6 +143,15 @@ class Lora(Whole):
     def averaged(self, averages: dict[str, torch.Tensor]) -> View:
         self.adapters.put(AVERAGE, averages)
         return View(self.adapters, AVERAGE)
+
+    def follower(self) -> View:
+        return View(self.adapters, AVERAGE)
+
+    @torch.no_grad()
+    def follow(self, follower: View, averages: Iterable[tuple[str, torch.Tensor]]) -> None:
+        held = self.adapters.get(AVERAGE)  # looked up each time: validation puts new ones there
+        for name, value in averages:
+            held[name].copy_(value)
 
     def to_save(self, averages: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return lora_state(averages, self.adapters.scale)

@@ -29,7 +29,7 @@ def describe(solver: Solver) -> dict[str, Any]:
     """What decides the pairs that a solver makes: two stores with equal descriptions hold pairs of the same distribution."""
     recipe, flow = solver.recipe, solver.flow
     told = {
-        "boundaries": list(flow.stage.edges),
+        "boundaries": list(flow.parts.boundaries),
         "trained windows": flow.active.tolist(),
         "solver_steps": flow.stage.solver_steps,
         "teacher": flow.stage.teacher,
@@ -140,7 +140,7 @@ class PairStore:
         for name, (dtype, shape) in wanted.items():
             if part[name].dtype != dtype or tuple(part[name].shape) != (count, *shape):
                 raise ValueError(f"its {name} is {part[name].dtype} {list(part[name].shape)} and not {dtype} {[count, *shape]}")
-        for name, most in (("item", items), ("window", len(self.solver.flow.stage.edges) - 1)):
+        for name, most in (("item", items), ("window", len(self.solver.flow.parts))):
             if int(part[name].min()) < 0 or int(part[name].max()) >= most:
                 raise ValueError(f"its {name} has a number outside 0 to {most - 1}")
 

@@ -44,7 +44,8 @@ def describe(recipe: Recipe) -> str:
         cost = per_sample * counts.forward + student
         whole += cost * stage.samples
         kind = "read from " + stage.pairs_from if stage.pairs_from else "stored pairs" if stage.pairs else "solved as it goes"
-        lines.append(f"stage {i + 1}: {len(flow.active)} windows x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
+        merging = f" that merge into {len(flow.windows)}" if flow.merger else ""
+        lines.append(f"stage {i + 1}: {len(flow.active)} windows{merging} x {stage.solver_steps} solver steps, teacher '{stage.teacher}', {stage.samples:,} samples, "
                      f"{solves:,} windows {kind}: {per_sample:.3g} teacher evaluations and {flop(cost)} a student sample"
                      f"{cut_said(recipe, i, flow)}{ema_said(recipe, i)}")
     lines.append(f"the run: {flop(whole)}, {duration(whole / RATE)} of one GPU at {RATE / 1e12:.0f} TFLOP/s (an assumption, not measured)")
@@ -206,11 +207,12 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:
 
 
 def evaluations_per_sample(recipe: Recipe, index: int, flow: stages.StageFlow) -> tuple[float, int]:
-    """(network rows of the teacher a student sample, windows that are kept) of a stage."""
+    """(network rows of the teacher a student sample, those of the average that finishes chords included; windows that are kept) of a stage."""
     stage, objective = recipe.stages[index], flow.recipe.objective
     kept = 0 if stage.pairs_from else stage.pairs or -(-stage.samples // stage.chords_per_solve)
-    solved = windows_solved(flow.active.tolist(), len(flow.windows), kept, batch_of(recipe, index, flow), objective)
-    return solved * flow.solver.evaluations / stage.samples, kept
+    solved = windows_solved(flow.active.tolist(), len(flow.parts), kept, batch_of(recipe, index, flow), objective)
+    finishing = flow.merger.evaluations(flow.active) / stage.chords_per_solve if flow.merger else 0.0
+    return solved * flow.solver.evaluations / stage.samples + finishing, kept
 
 
 def batch_of(recipe: Recipe, index: int, flow: stages.StageFlow) -> int:
@@ -226,7 +228,7 @@ def cut_said(recipe: Recipe, index: int, flow: stages.StageFlow) -> str:
         return ""
     solves = -(-stage.samples // stage.chords_per_solve)
     objective = flow.recipe.objective
-    least, real = (windows_solved(flow.active.tolist(), len(flow.windows), solves, part, objective) for part in (count, batch_of(recipe, index, flow)))
+    least, real = (windows_solved(flow.active.tolist(), len(flow.parts), solves, part, objective) for part in (count, batch_of(recipe, index, flow)))
     return (f"; micro-batches of {batch_of(recipe, index, flow)} solves cut trajectories of {count} windows, which costs {real / least:.3g} times the "
             f"solves: make train.micro_batch a multiple of {count * stage.chords_per_solve}")
 
@@ -254,6 +256,8 @@ def memory(recipe: Recipe, counts: Counts, ranks: int) -> dict[str, int]:
         parts |= dict.fromkeys(("step", "masters", "optimizer", "EMA"), 0)
     # A LoRA's base is its teacher; beside it stand the adapters of a previous stage and of the average that is looked at.
     named = {"base and teacher": frozen, "other adapters": size * 8} if lora else {"teacher": 0 if getattr(teacher, "offload", False) else frozen}
+    if not lora and any(stage.merges for stage in recipe.stages):
+        named["the average that finishes chords"] = size * weight
     return parts | named
 
 

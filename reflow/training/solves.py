@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,6 +115,21 @@ class Solver:
             z_start = self.flow.table.start(latent, noise, window)
             return Solved(z_start, self.solve(z_start, window, self.teacher_rows(taught, items)), window, student)
 
+    def whole(self, indices: list[int]) -> Solved:
+        """`__call__` with every chord solved to its end by the teacher alone, where windows merge within the stage."""
+        solved, merger = self(indices), self.flow.merger
+        if merger is None:
+            return solved
+        items, dropped, _ = self.inputs(indices)
+        taught = self.data.conditioning(items, dropped if self.recipe.teacher.drops_captions else None).to(self.device, torch.float32)
+        part, z_end = solved.window.cpu(), solved.z_end.clone()
+        with torch.no_grad(), self.parked.here() if self.parked else contextlib.nullcontext():
+            for n in range(1, 2**merger.merges):
+                here = (2**merger.levels[part] > n).nonzero()[:, 0]
+                rows = here.to(self.device)
+                z_end[rows] = self.solve(z_end[rows], (part[here] + n).to(self.device), self.teacher_rows(taught.select(rows), items[here]))
+        return replace(solved, z_end=z_end)
+
     def kinds(self, draws: np.ndarray) -> np.ndarray:
         """What each draw [n] is of: DATA, NOISE or FORWARD."""
         return kinds(draws, self.recipe.objective)
@@ -150,7 +165,7 @@ class Solver:
         """Both ends [B,C,h,w], in the order of the solving, of pairs that lie on the teacher's own trajectories which begin at [T,C,h,w],
         noise or, backward, latents: pair b is window windows[b] of trajectory rows[b]. taught, items: of the trajectories. Each of them
         is solved as far as its last pair needs and no further."""
-        order = list(range(len(self.flow.windows)))[::-1 if backward else 1]
+        order = list(range(len(self.flow.parts)))[::-1 if backward else 1]
         last = [max(order.index(w) for r, w in zip(rows, windows, strict=True) if r == n) for n in range(len(begin))]
         starts: dict[int, torch.Tensor] = {}
         ends: dict[int, torch.Tensor] = {}

@@ -7,22 +7,29 @@ from dataclasses import dataclass
 import torch
 
 from reflow.errors import UserError
-from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
+from reflow.flow import ChordTable, DiscreteVP, Merger, Windows, WindowSolver
+from reflow.flow.merging import ends
 from reflow.recipes.settings import Recipe, Stage
 
 
 @dataclass(frozen=True)
 class StageFlow:
-    """The maths of one stage on one device. `active` lists the windows that are trained, as a LongTensor; `recipe` has the stage's own values."""
+    """The maths of one stage on one device. `recipe` has the stage's own values.
+
+    windows: of the student when the stage ends. parts: what the teacher solves and the table, and every other number of a window, speak of; the
+    same, but where parts merge into windows within the stage. active: numbers of the parts that are trained, as a LongTensor.
+    """
 
     recipe: Recipe
     index: int
     stage: Stage
     windows: Windows
+    parts: Windows
     table: ChordTable
     solver: WindowSolver
     active: torch.Tensor
     inverter: WindowSolver | None = None  # the solver backwards, where some pairs are made so
+    merger: Merger | None = None  # the student's own part of the chords, where windows merge within the stage
 
     def window_of(self, solves: torch.Tensor) -> torch.Tensor:
         """Window of each solve [B]: the active ones in turn, so every batch holds them in equal parts."""
@@ -34,9 +41,12 @@ def windows_of(stage: Stage) -> Windows:
 
 
 def trained(stage: Stage) -> tuple[int, ...]:
-    """Numbers of the windows that a stage trains. Raises ValueError for a half that a window reaches across."""
-    windows = windows_of(stage)
-    return tuple(range(len(windows))) if stage.half == "both" else windows.half(stage.half)
+    """Numbers of the windows, or their parts, that a stage trains. Raises ValueError for a half that a window reaches across."""
+    parts = Windows(stage.solved_edges)
+    if stage.half == "both":
+        return tuple(range(len(parts)))
+    windows_of(stage).half(stage.half)
+    return parts.half(stage.half)
 
 
 def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str, device: torch.device) -> StageFlow:
@@ -44,23 +54,25 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
     recipe, stage = recipe.of_stage(index), recipe.stages[index]
     guidance = None if recipe.teacher.guidance_scale == 1.0 else recipe.teacher.guidance_scale
     try:
-        windows = windows_of(stage)
-        table = ChordTable(schedule, windows, recipe.student.prediction_type, device=device)
+        windows, parts = windows_of(stage), Windows(stage.solved_edges)
+        reach = ends(parts, stage.merges) if stage.merges else None
+        table = ChordTable(schedule, parts, recipe.student.prediction_type, ends=reach, device=device)
+        merger = Merger(table, stage.merges, share=stage.self_share or 0.5, network_time_mode=recipe.student.network_time) if stage.merges else None
         if stage.teacher == "previous":
             before = ChordTable(schedule, windows_of(recipe.stages[index - 1]), recipe.student.prediction_type, device=device)
-            solver = WindowSolver.from_student(before, windows, stage.solver_steps, network_time_mode=recipe.student.network_time,
+            solver = WindowSolver.from_student(before, parts, stage.solver_steps, network_time_mode=recipe.student.network_time,
                                                device=device)  # the root's guidance is in this student already
         else:
-            solver = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
+            solver = WindowSolver(schedule, parts, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
                                   guidance_scale=guidance, device=device)
         inverter = None
         if recipe.objective.forward_share:
-            inverter = WindowSolver(schedule, windows, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
+            inverter = WindowSolver(schedule, parts, stage.solver_steps, prediction_type=prediction_type, method=recipe.teacher.method,
                                     guidance_scale=guidance, backward=True, device=device)
         active = trained(stage)
     except ValueError as error:
         raise UserError(f"stages.{index}: {error}") from error
-    return StageFlow(recipe, index, stage, windows, table, solver, torch.tensor(active, device=device), inverter)
+    return StageFlow(recipe, index, stage, windows, parts, table, solver, torch.tensor(active, device=device), inverter, merger)
 
 
 def check_compatible(recipe: Recipe, prediction_type: str) -> None:

@@ -104,7 +104,7 @@ class Validation:
             say(f"stage {self.flow.index + 1}: solving the fixed windows and sampling the teacher for validation")
             count = max(1, self.recipe.validate_.pairs // len(self.flow.active)) * len(self.flow.active)
             first = -(-FIXED // len(self.flow.active)) * len(self.flow.active)
-            self.fixed = [self.solver(part) for part in self.solver.by_shape(list(range(first, first + count)))]
+            self.fixed = [self.solver.whole(part) for part in self.solver.by_shape(list(range(first, first + count)))]
             steps, guidance = self.recipe.validate_.teacher_steps, self.recipe.validate_.guidance_scale
             with self.root() as root:
                 teacher = sample_teacher(self.base, root, self.conditioning, steps, range(len(self.noise)), guidance_scale=guidance,
