@@ -27,7 +27,7 @@ from reflow.outputs import write_text
 from reflow.recipes import reading
 
 NAME = "recipes"
-ALL = ("digits-perflow", "digits-rectified", "digits-phased", "digits-instaflow", "digits-guided", "digits")
+ALL = ("digits-421", "digits-perflow", "digits-rectified", "digits-phased", "digits-instaflow", "digits-guided", "digits")
 
 
 def run(out: Path, *, recipe: tuple = (), seeds: int = 3, samples: int = 600, ranks: int = 0, set_: tuple = ()) -> None:
