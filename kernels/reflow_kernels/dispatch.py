@@ -57,7 +57,8 @@ def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *o
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, without a type
     if torch.compiler.is_compiling() or tracing or _modes() or _transform() is not None:
         return False
-    if any(type(value) not in _PLAIN for value in (leading, *others) if value is not None):
+    # The dispatcher writes out a view that stands for its negative, as the imaginary part of a conjugate does.
+    if any(type(value) not in _PLAIN or value.is_neg() for value in (leading, *others) if value is not None):
         return False
     return select(op, leading.device, backend, strict) == "triton"
 

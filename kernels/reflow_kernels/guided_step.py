@@ -10,6 +10,8 @@ from torch import Tensor
 from . import checks, dispatch, layout, reference
 from .reference import PerSample
 
+OPERANDS = ("state", "model_output", "state_coef", "output_coef", "guidance_scale", "input_scale")
+
 
 def guided_step(
     state: Tensor,
@@ -35,7 +37,8 @@ def guided_step(
             guided = uncond + guidance_scale (cond - uncond).
         input_scale: None (1), float or [B]: model_input = input_scale * state'.
         input_dtype: dtype of model_input, by default that of model_output (or of ``input_out``).
-        out, input_out: buffers for the two results, in one sample order; ``out`` may be ``state``.
+        out, input_out: buffers for the two results, in one sample order. Each may be an operand's own memory, element
+            for element (``out`` may be ``state``), but may not overlap one in part, nor the other buffer.
         backend: "auto", "triton" or "torch". strict: refuse fallbacks and layout copies.
 
     Returns:
@@ -88,6 +91,8 @@ def guided_step(
         raise ValueError(
             f"input_out has strides {input_out.stride()}; expected the sample order of out, {out.stride()}."
         )
+    if type(out) is Tensor and type(input_out) is Tensor and not torch.compiler.is_compiling():
+        _check_memory({"out": out, "input_out": input_out}, operands)
     if dispatch.runs_directly("guided_step", backend, strict, *operands, out, input_out):
         _run_out(*operands, out, input_out, backend, strict)
         torch.autograd.graph.increment_version((out, input_out))
@@ -109,6 +114,22 @@ def _check_buffer(
         raise TypeError(f"{name} has dtype {value.dtype}; expected {dtype}, {of}.")
     if layout.dense_order(value) is None or (rows > 1 and value.numel() and value.stride(0) < value[0].numel()):
         raise ValueError(f"{name} has strides {value.stride()}; expected samples that are dense and do not overlap.")
+
+
+def _check_memory(buffers: dict[str, Tensor], operands: tuple[Tensor | None, ...]) -> None:
+    """Refuse buffers that would be written where another program of the kernel still reads or writes."""
+    if layout.overlap(buffers["out"], buffers["input_out"]):
+        raise ValueError("out and input_out share memory; each is written whole, so give each a buffer of its own.")
+    named = dict(zip(OPERANDS, operands, strict=True))
+    for name, buffer in buffers.items():
+        for other, operand in named.items():
+            if operand is None or type(operand) is not Tensor or not layout.overlap(buffer, operand):
+                continue
+            if other not in OPERANDS[:2] or not layout.same_place(buffer, operand):
+                raise ValueError(
+                    f"{name} overlaps {other} in part, which would be overwritten before all of it is read; give a "
+                    f"buffer of its own, or {other} itself."
+                )
 
 
 def _run(

@@ -81,6 +81,32 @@ def settle(result: Tensor, order: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(result.shape, wanted, dtype=result.dtype, device=result.device).copy_(result)
 
 
+def same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have each element of the shorter one in the same memory, sample by sample."""
+    alike = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype and one.shape[1:] == other.shape[1:]
+    return alike and one.stride() == other.stride()
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors share memory. Exact for samples of one buffer; else told from where each begins and ends."""
+    if not one.numel() or not other.numel() or one.device != other.device:
+        return False
+    (a, length_a, step_a), (b, length_b, step_b) = _samples(one), _samples(other)
+    end_a, end_b = a + (len(one) - 1) * step_a + length_a, b + (len(other) - 1) * step_b + length_b
+    if a >= end_b or b >= end_a:
+        return False
+    if step_a == step_b and step_a >= max(length_a, length_b):  # slices of the samples of one buffer
+        return (b - a) % step_a < length_a or (a - b) % step_a < length_b
+    return True
+
+
+def _samples(tensor: Tensor) -> tuple[int, int, int]:
+    """(address of the first sample, its length from first to last byte, distance of the next sample), in bytes."""
+    size = tensor.element_size()
+    inner = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return tensor.data_ptr(), (1 + sum((n - 1) * stride for n, stride in inner)) * size, tensor.stride(0) * size
+
+
 def in_order(op: str, name: str, tensor: Tensor, order: tuple[int, ...], strict: bool) -> Tensor:
     """``tensor`` with its samples dense in ``order``: itself, or a copy that is said once and refused under strict."""
     if dense_order(tensor) == order:

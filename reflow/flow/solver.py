@@ -188,25 +188,31 @@ class WindowSolver:
         """
         rows = 1 if self.guidance_scale is None else 2
 
-        def doubled(value: Tensor) -> Tensor:
-            return value if rows == 1 else torch.cat([value, value])
+        def doubled(value: Tensor, rows_at: int = 0) -> Tensor:
+            return value if rows == 1 else torch.cat([value, value], rows_at)
+
+        # What a step needs is there before the first, so that a step is one launch and the network.
+        scale = self.guidance_scale
+        if isinstance(scale, float | int):
+            scale = torch.full((len(z_start),), float(scale), dtype=self.dtype, device=z_start.device)
 
         def advance(state: Tensor, output: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return guided_step(state, output, a, b, guidance_scale=self.guidance_scale, input_dtype=cast)
+            return guided_step(state, output, a, b, guidance_scale=scale, input_dtype=cast)
 
         z, cast = z_start.to(self.dtype), input_dtype or self.dtype
+        state, output = self._state[:, window], self._output[:, window]
+        timestep = doubled(self._timestep[:, window], 1)
         model_input = doubled(z.to(cast))
-        state, output, timestep = self._state[:, window], self._output[:, window], self._timestep[:, window]
         if self._corrector is None:
             for i in range(self.steps):
-                z, model_input = advance(z, model(model_input, doubled(timestep[i])), state[i], output[i])
+                z, model_input = advance(z, model(model_input, timestep[i]), state[i], output[i])
             return z
         keep, predictor = self._corrector.keep[:, window], self._corrector.predictor[:, window]
-        second, second_time = self._corrector.output[:, window], self._corrector.timestep[:, window]
+        second, second_time = self._corrector.output[:, window], doubled(self._corrector.timestep[:, window], 1)
         one = torch.ones_like(keep[0])
         for i in range(self.steps):
-            moved, moved_input = advance(z, model(model_input, doubled(timestep[i])), state[i], output[i])
-            answer = model(moved_input, doubled(second_time[i]))
+            moved, moved_input = advance(z, model(model_input, timestep[i]), state[i], output[i])
+            answer = model(moved_input, second_time[i])
             mixed = expand(keep[i], z) * z + expand(predictor[i], z) * moved
             z, model_input = advance(mixed, answer, one, second[i])
         return z

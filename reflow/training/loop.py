@@ -135,6 +135,8 @@ class Loop:
                 record, seconds = meter.read(), time.monotonic() - since
                 excluded += record["excluded"]
                 record["skipped_steps"] = len(skipped) - counted
+                if solver.captured is not None:
+                    record["solves"] = dict(solver.captured.counts)
                 counted = len(skipped)
                 self.log.write("train", before + done, {
                     "stage": index, "samples": done, "learning_rate": rate, **record, "grad_norm": engine.gradient_norm(), "seconds": clock.read(),

@@ -11,7 +11,7 @@ import torch
 
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
-from reflow.flow.captured import CapturedSolve
+from reflow.flow.captured import CapturedSolves
 from reflow.models.conditioning import Conditioning, denoise
 from reflow.recipes.sections import Objective
 from reflow.recipes.settings import Recipe
@@ -66,7 +66,8 @@ class Solver:
         objective = self.recipe.objective
         # Consecutive solves that have the same draws.
         self.share = len(self.active) if on_paths(objective) else 1
-        self.captured: CapturedSolve | None = None
+        # Replaying a recorded solve is the GPU's own; elsewhere every solve is plain and nothing is counted.
+        self.captured = CapturedSolves(self.ask, input_dtype=self.dtype) if recipe.teacher.cuda_graph and device.type == "cuda" else None
         self.parked = teachers.park(teacher, device) if recipe.teacher.offload else None
         self.rounding = teachers.to_fp8(self, recipe.teacher.fp8_max_error) if recipe.teacher.precision == "fp8" else None
 
@@ -149,16 +150,16 @@ class Solver:
         return table.alpha_end[-1] * latent + table.sigma_end[-1] * noise
 
     def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning, backward: bool = False) -> torch.Tensor:
-        """One window, as a CUDA graph where the recipe says so; backwards and in a batch of another size than the first plainly."""
-        if self.recipe.teacher.cuda_graph and z.device.type == "cuda" and not backward:
-            inputs = tuple(t for t in (rows.encoder_hidden_states, rows.text_embeds, rows.time_ids) if t is not None)
-            if self.captured is None:
-                self.captured = CapturedSolve(self.flow.solver, lambda x, t, *c: denoise(self.teacher, x, t, Conditioning(*c)), z, window,
-                                              *inputs, input_dtype=self.dtype)
-            if self.captured.fits(z, window, *inputs):
-                return self.captured(z, window, *inputs)
+        """One window, in a CUDA graph where the recipe says so and the same form of batch has come before."""
         solver = self.flow.inverter if backward else self.flow.solver
-        return solver.solve(lambda x, t: denoise(self.teacher, x, t, rows), z, window, input_dtype=self.dtype)
+        inputs = tuple(t for t in (rows.encoder_hidden_states, rows.text_embeds, rows.time_ids) if t is not None)
+        if self.captured is not None:
+            return self.captured(solver, z, window, *inputs)
+        return solver.solve(lambda x, t: self.ask(x, t, *inputs), z, window, input_dtype=self.dtype)
+
+    def ask(self, x: torch.Tensor, t: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """The teacher's output, with the tensors of a conditioning."""
+        return denoise(self.teacher, x, t, Conditioning(*inputs))
 
     def trajectories(self, begin: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning, items: torch.Tensor,
                      backward: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

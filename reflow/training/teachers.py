@@ -99,7 +99,8 @@ def to_fp8(solver: Solves, limit: float) -> dict[str, Any]:
     parts = solver.by_shape(indices)
     before = [solver(part) for part in parts]
     said = quantise(solver.teacher, solver.device)
-    solver.captured = None  # a recorded solve reads the weights' old storage
+    if solver.captured is not None:
+        solver.captured.forget()  # a recorded solve reads the weights' old storage
     after = [solver(part) for part in parts]
     # Both share z_start and dt, which cancel.
     ends = [tuple((s.z_end - b.z_start).flatten(1).double() for s in (b, a)) for b, a in zip(before, after, strict=True)]

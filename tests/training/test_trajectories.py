@@ -247,3 +247,30 @@ def test_two_ranks_agree_with_one_to_rounding_and_go_on_after_a_kill(tmp_path):
     for i in (0, 1):
         a, b = (load_file(tmp_path / x / f"stage-{i + 1}" / "unet_ema.safetensors") for x in ("two", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("overrides", [("train.micro_batch=4",), ("train.micro_batch=4", "stages.0.pairs=24", "teacher.batch_size=2"), (FORWARD, "stages.1.forward_share=0")])
+def test_the_loop_replays_what_it_solves_again_and_again(tmp_path, monkeypatch, overrides):
+    """With validation before and between, whose solves are of another size; graphs themselves need a GPU."""
+    from reflow.flow import captured
+
+    def capture(solver, network, *tensors, input_dtype=None):
+        return lambda z, window, *inputs: solver.solve(lambda x, t: network(x, t, *inputs), z, window, input_dtype=input_dtype)
+
+    started, begin = [], solves.Solver.__init__
+
+    def watched(self, *args):
+        begin(self, *args)
+        self.captured = captured.CapturedSolves(self.ask, input_dtype=self.dtype, capture=capture)
+        started.append(self)
+
+    settings = tiny.short(tmp_path, *NOISE, "validate.every=16", "log.every=16", *overrides)
+    run.train(settings, tmp_path / "plain")
+    monkeypatch.setattr(solves.Solver, "__init__", watched)
+    run.train(settings, tmp_path / "graphs")
+    counts = started[0].captured.counts
+    assert counts["replayed"] > counts["plain"] and 1 <= counts["captured"] <= captured.MOST
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "plain")
+    records = [json.loads(line) for line in (tmp_path / "graphs" / "log.jsonl").read_text().splitlines()]
+    assert [r["solves"] for r in records if r["event"] == "train"][-1] == counts
+    assert all("solves" not in json.loads(line) for line in (tmp_path / "plain" / "log.jsonl").read_text().splitlines())
