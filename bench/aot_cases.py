@@ -17,6 +17,9 @@ POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 # Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither; and no mask with
 # tensors that start anywhere.
 SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71), "unaligned": (4, 64, 64)}
+# Of more partial sums than the loss' last stage reads at a time: in two reads and in eight.
+HUGE = {"even": (4, 2048, 1024), "masked": (4, 2048, 1020), "ragged": (3, 1001, 999), "unaligned": (4, 2048, 1024)}
+VIDEO = {"even": (16, 2048, 1024), "masked": (16, 2048, 1020), "ragged": (15, 1001, 999), "unaligned": (16, 2048, 1024)}
 LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101), "unaligned": (4, 128, 128)}
 
 
@@ -37,7 +40,7 @@ def recorded(dtype: torch.dtype, specialisation: str, lanes: int) -> list[Launch
     """Every launch of every op for tensors of this dtype, on a target whose warps have ``lanes`` lanes."""
     launches: list[Launch] = []
     with _recording(launches, lanes):
-        for shape in (SHAPES[specialisation], LARGE[specialisation]):
+        for shape in (sizes[specialisation] for sizes in (SHAPES, LARGE, HUGE, VIDEO)):
             _run_all(shape, dtype, offset=specialisation == "unaligned")
     return list(dict.fromkeys(launches))
 

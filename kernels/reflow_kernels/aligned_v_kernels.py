@@ -119,7 +119,7 @@ def _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC: tl.con
     return scale[:, None] / tile, target_scale[:, None] / target_tile, common[:, None] / tl.minimum(tile, target_tile)
 
 
-@triton.jit(do_not_specialize=["N", "TILES", "BATCH", "direction_weight_stride", "weight_stride"])
+@triton.jit(do_not_specialize=["N", "TILES", "CHUNKS", "BATCH", "direction_weight_stride", "weight_stride"])
 def _finish_kernel(
     sums,  # [8, B * TILES]
     direction_weight,  # [B]
@@ -129,6 +129,7 @@ def _finish_kernel(
     stats,  # [6, B]
     N,
     TILES,
+    CHUNKS,  # no constant: the compiler would unroll the loops over them and run out of registers
     BATCH,
     direction_weight_stride,
     weight_stride,
@@ -137,7 +138,6 @@ def _finish_kernel(
     SAMPLES: tl.constexpr,
     ROUNDS: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ):
     programs = tl.cast(BATCH, tl.int64) * TILES
     floor = EPS * square_root(tl.cast(N, ACC), ACC)
@@ -145,42 +145,49 @@ def _finish_kernel(
     for i_r in range(ROUNDS):
         o_b = i_r * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)  # [SAMPLES]
         m_b = o_b < BATCH
-        peak = tl.zeros([SAMPLES], ACC)
-        target_peak = tl.zeros([SAMPLES], ACC)
+        # Chunks of tiles are gathered side by side and reduced once: a reduction inside the loop does not compile.
+        b_peak = tl.zeros([SAMPLES, CHUNK], ACC)
+        b_target_peak = tl.zeros([SAMPLES, CHUNK], ACC)
         for i_c in range(CHUNKS):
             o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
-            peak = tl.maximum(peak, tl.max(tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0), axis=1))
-            target_peak = tl.maximum(
-                target_peak, tl.max(tl.load(sums + 7 * programs + o_s, mask=m_s, other=0.0), axis=1)
-            )
+            b_peak = tl.maximum(b_peak, tl.load(sums + 6 * programs + o_s, mask=m_s, other=0.0))
+            b_target_peak = tl.maximum(b_target_peak, tl.load(sums + 7 * programs + o_s, mask=m_s, other=0.0))
+        peak = tl.max(b_peak, axis=1)
+        target_peak = tl.max(b_target_peak, axis=1)
         scale = _shrink(peak, ACC)
         target_scale = _shrink(target_peak, ACC)
         common = tl.minimum(scale, target_scale)
 
-        pp = tl.zeros([SAMPLES], ACC)
-        vv = tl.zeros([SAMPLES], ACC)
-        pv = tl.zeros([SAMPLES], ACC)
-        dd = tl.zeros([SAMPLES], ACC)
-        ds = tl.zeros([SAMPLES], ACC)
+        b_pp = tl.zeros([SAMPLES, CHUNK], ACC)
+        b_vv = tl.zeros([SAMPLES, CHUNK], ACC)
+        b_pv = tl.zeros([SAMPLES, CHUNK], ACC)
+        b_dd = tl.zeros([SAMPLES, CHUNK], ACC)
+        b_ds = tl.zeros([SAMPLES, CHUNK], ACC)
         for i_c in range(CHUNKS):
             o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
             p, v, c = _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC)
-            pp += tl.sum(tl.load(sums + o_s, mask=m_s, other=0.0) * p * p, axis=1)
-            vv += tl.sum(tl.load(sums + programs + o_s, mask=m_s, other=0.0) * v * v, axis=1)
-            pv += tl.sum(tl.load(sums + 2 * programs + o_s, mask=m_s, other=0.0) * p * v, axis=1)
-            dd += tl.sum(tl.load(sums + 4 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
-            ds += tl.sum(tl.load(sums + 5 * programs + o_s, mask=m_s, other=0.0) * c * c, axis=1)
+            b_pp += tl.load(sums + o_s, mask=m_s, other=0.0) * p * p
+            b_vv += tl.load(sums + programs + o_s, mask=m_s, other=0.0) * v * v
+            b_pv += tl.load(sums + 2 * programs + o_s, mask=m_s, other=0.0) * p * v
+            b_dd += tl.load(sums + 4 * programs + o_s, mask=m_s, other=0.0) * c * c
+            b_ds += tl.load(sums + 5 * programs + o_s, mask=m_s, other=0.0) * c * c
+        pp = tl.sum(b_pp, axis=1)
+        vv = tl.sum(b_vv, axis=1)
+        pv = tl.sum(b_pv, axis=1)
+        dd = tl.sum(b_dd, axis=1)
+        ds = tl.sum(b_ds, axis=1)
         k = _slope(pv, vv, ACC)
-        residual = tl.zeros([SAMPLES], ACC)
+        b_residual = tl.zeros([SAMPLES, CHUNK], ACC)
         for i_c in range(CHUNKS):
             o_s, m_s = _places(o_b, m_b, TILES, i_c, CHUNK)
             p, v, c = _rescales(sums, programs, o_s, m_s, scale, target_scale, common, ACC)
             b_pp = tl.load(sums + o_s, mask=m_s, other=0.0) * p * p
             b_vv = tl.load(sums + programs + o_s, mask=m_s, other=0.0) * v * v
             b_k = _slope(tl.load(sums + 2 * programs + o_s, mask=m_s, other=0.0) * p * v, b_vv, ACC)
-            b_residual = tl.load(sums + 3 * programs + o_s, mask=m_s, other=0.0) * p * p
+            b_own = tl.load(sums + 3 * programs + o_s, mask=m_s, other=0.0) * p * p
             shift = (b_k - k[:, None]) * tl.sqrt(b_vv)
-            residual += tl.sum(tl.where(b_k == 0.0, b_pp, b_residual) + shift * shift, axis=1)
+            b_residual += tl.where(b_k == 0.0, b_pp, b_own) + shift * shift
+        residual = tl.sum(b_residual, axis=1)
 
         # Norms are those of the scaled rows; to_common brings them to the scale of d.
         to_common = common / scale
@@ -318,8 +325,8 @@ def forward(
         _finish_kernel,
         1,
         loss.device,
-        4,
-        *(sums, direction_weight, weight, loss, parts, stats, size, blocks.tiles, batch),
+        4 if blocks.tiles <= launch.CHUNK else 8,  # several reads keep more in registers
+        *(sums, direction_weight, weight, loss, parts, stats, size, blocks.tiles, -(-blocks.tiles // chunk), batch),
         launch.stride(direction_weight),
         launch.stride(weight),
         EPS=eps,
@@ -327,7 +334,6 @@ def forward(
         SAMPLES=samples,
         ROUNDS=-(-batch // samples),
         CHUNK=chunk,
-        CHUNKS=-(-blocks.tiles // chunk),
     )
     return loss, parts, stats
 
