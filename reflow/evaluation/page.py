@@ -157,6 +157,7 @@ def of(report: Mapping[str, Any], method: str, steps: int) -> Mapping[str, Any]:
 def summary(report: Mapping[str, Any]) -> str:
     """What came out, in a sentence that follows the intervals."""
     groups: dict[str, list[str]] = {"closer to": [], "farther from": [], "neither closer to nor farther from": []}
+    counts = [d["steps"] for d in native(report)]
     for d in native(report):
         difference = d["images"]
         verdict = (
@@ -164,9 +165,10 @@ def summary(report: Mapping[str, Any]) -> str:
             if not difference["excludes_zero"]
             else "closer to" if difference["mean"] < 0 else "farther from"
         )
-        groups[verdict].append(str(d["steps"]))
+        stage = f" (stage {d['stage']})" if counts.count(d["steps"]) > 1 else ""
+        groups[verdict].append(f"{d['steps']}{stage}")
     sentences = [
-        f"With {listed(steps)} step{'s' if steps != ['1'] else ''} the student is {verdict} the teacher's"
+        f"With {listed(steps)} step{'' if len(steps) == 1 and steps[0].split()[0] == '1' else 's'} the student is {verdict} the teacher's"
         f" {report['settings']['teacher_steps']} steps than the teacher's own DDIM with as many."
         for verdict, steps in groups.items()
         if steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def ordered(keys: Mapping[tuple[str, int], Any]) -> list[tuple[str, int]]:
 
 
 def windows_in(name: str) -> int:
-    return int("".join(c for c in name if c.isdigit()) or 0)
+    """Windows of a student by its label; 0 for the teacher."""
+    found = re.match(r"student, (\d+) window", name)
+    return int(found[1]) if found else 0
 
 
 def _pyplot() -> Any:
@@ -132,11 +135,11 @@ def _pyplot() -> Any:
 def series(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     """(name, colour, rows by steps): the teacher, the students at one step a window, the last student at more steps."""
     students = [m for m in methods if m["windows"]]
-    last = students[-1]["windows"]
+    last, label = students[-1]["windows"], students[-1]["method"]
     groups = [
         ("teacher's own DDIM", TEACHER, [m for m in methods if not m["windows"]]),
         ("students, one step a window", STUDENT, [m for m in students if m["steps"] == m["windows"]]),
-        (f"the {last}-window student at more steps", LAST, [m for m in students if m["windows"] == last]),
+        (f"the {last}-window student at more steps", LAST, [m for m in students if m["method"] == label]),
     ]
     return [(name, colour, sorted(rows, key=lambda m: m["steps"])) for name, colour, rows in groups if rows]
 

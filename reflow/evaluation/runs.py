@@ -29,11 +29,13 @@ class Student:
     path: Path
     prediction_type: str
     network_time: str
+    twin: bool = False  # another stage of the run has as many windows
 
     @property
     def label(self) -> str:
+        """A name of its own among the students of a run."""
         count = len(self.windows)
-        return f"student, {count} window{'s' if count > 1 else ''}"
+        return f"student, {count} window{'s' if count > 1 else ''}{f' (stage {self.stage + 1})' if self.twin else ''}"
 
     def digest(self) -> str:
         """sha256 of the weights file."""
@@ -79,8 +81,10 @@ def open_run(folder: str | Path) -> Run:
             "training wrote."
         )
     recipe = reading.load(str(recipe_file))
+    counts = [len(stage.edges) - 1 for stage in recipe.stages]
+    kind, time = recipe.student.prediction_type, recipe.student.network_time
     students = tuple(
-        Student(i, Windows(stage.edges), path, recipe.student.prediction_type, recipe.student.network_time)
+        Student(i, Windows(stage.edges), path, kind, time, twin=counts.count(counts[i]) > 1)
         for i, stage in enumerate(recipe.stages)
         if (path := stage_file(folder, i)).is_file()
     )

@@ -74,6 +74,7 @@ def line_of(name: str, seed: int, measured: dict[str, Any], seconds: float, set_
     errors = {(m["method"], m["steps"]): m["paired_images"]["mean"] for m in measured["methods"] if "paired_images" in m}
     rows = [
         {
+            "stage": d["stage"],
             "windows": d["windows"],
             "steps": d["steps"],
             "student": errors[d["method"], d["steps"]],
@@ -103,7 +104,7 @@ def gather(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         each = [line["rows"][i] for line in lines]
         interval = t_interval([row["difference"]["mean"] for row in each])
         errors = {who: t_interval([row[who] for row in each]).as_dict() for who in ("student", "teacher")}
-        rows.append({**{key: first[key] for key in ("windows", "steps")}, **errors, "difference": interval.as_dict()})
+        rows.append({**{key: first[key] for key in ("stage", "windows", "steps")}, **errors, "difference": interval.as_dict()})
     native = [row["difference"] for row in rows if row["steps"] == row["windows"]]
     known = all(row["high"] is not None for row in native)
     return {
@@ -118,13 +119,14 @@ def gather(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    out = ["| recipe | windows | steps | student | its teacher | difference (95 %) | seeds |", "|---|---|---|---|---|---|---|"]
+    out = ["| recipe | stage | windows | steps | student | its teacher | difference (95 %) | seeds |", "|---|---|---|---|---|---|---|---|"]
     for found in result["recipes"]:
         for row in found["rows"]:
             d = row["difference"]
             half = "" if d["high"] is None else f" ± {(d['high'] - d['low']) / 2:.4f}"
             out.append(
-                f"| `{found['recipe']}` | {row['windows']} | {row['steps']} | {row['student']['mean']:.4f} | {row['teacher']['mean']:.4f} | "
+                f"| `{found['recipe']}` | {row['stage']} | {row['windows']} | {row['steps']} "
+                f"| {row['student']['mean']:.4f} | {row['teacher']['mean']:.4f} | "
                 f"{d['mean']:+.4f}{half} | {len(found['seeds'])} |"
             )
     return "\n".join(out) + "\n"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reflow.evaluation import page, pictures
+from reflow.evaluation import page, pictures, runs
+from reflow.recipes import reading
 
 
 def interval(mean, half=0.01):
@@ -54,6 +55,26 @@ def test_paths_show_their_last_names(text, shown):
 def test_a_recipes_strings_are_shortened_and_nothing_else():
     text = 'base = "/models/my base"\nprompts = ["a \\"b\\" c", "/x/y"]\nsteps = [2, 4]\n'
     assert page.without_paths(text) == 'base = ".../my base"\nprompts = ["a \\"b\\" c", ".../y"]\nsteps = [2, 4]\n'
+
+
+def test_students_of_as_many_windows_are_told_apart(tmp_path):
+    """As in a run that distils its own straightened student: two stages of one window."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(reading.dump(reading.load("digits-instaflow")))
+    for stage in (1, 2):
+        (tmp_path / "run" / f"stage-{stage}").mkdir()
+        (tmp_path / "run" / f"stage-{stage}" / "unet_ema.safetensors").write_bytes(b"")
+    labels = [student.label for student in runs.open_run(tmp_path / "run").students]
+    assert labels == ["student, 1 window (stage 1)", "student, 1 window (stage 2)"]
+    assert [pictures.windows_in(label) for label in (*labels, "student, 16 windows", "teacher")] == [1, 1, 16, 0]
+    shown = pictures.ordered(dict.fromkeys([(labels[1], 1), (labels[0], 1), ("teacher", 1), ("teacher", 32)]))
+    assert shown[:2] == [("teacher", 32), ("teacher", 1)] and set(shown[2:]) == {(label, 1) for label in labels}
+    methods = [{"method": label, "windows": 1, "steps": steps} for label, steps in ((labels[0], 1), (labels[1], 1), (labels[1], 4))]
+    assert [m["method"] for m in pictures.series(methods)[-1][2]] == [labels[1]] * 2
+    report = {**REPORT, "differences": [{**difference(label, 1, 1, -0.1, 0, 0), "stage": i + 1} for i, label in enumerate(labels)]}
+    assert page.summary(report).startswith("With 1 (stage 1) or 1 (stage 2) steps the student is closer to the teacher's 32 steps")
+    report["differences"] = report["differences"][:1]
+    assert page.summary(report).startswith("With 1 step the student is closer")
 
 
 def train(stage, samples, loss=0.5):

@@ -19,7 +19,7 @@ def measured(error, own, samples=60):
         "settings": {"samples": samples}, "weights": {"stage-1": "a"},
         "methods": [*({"method": "teacher", "steps": n, "paired_images": value(own * n)} for n in (1, 2)), {"method": "teacher", "steps": 32},
                     *({"method": name, "steps": steps, "paired_images": value(error * steps)} for name, _, steps in students)],
-        "differences": [{"method": name, "windows": windows, "steps": steps, "images": value((error - own) * steps)} for name, windows, steps in students],
+        "differences": [{"method": name, "stage": 3 - windows, "windows": windows, "steps": steps, "images": value((error - own) * steps)} for name, windows, steps in students],
     }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_a_line_a_training_and_the_same_command_goes_on(tmp_path, trained, capsy
     row = found[0]["rows"][0]
     assert row["student"]["mean"] == pytest.approx(0.062) and row["teacher"]["mean"] == pytest.approx(0.1) and row["difference"]["mean"] == pytest.approx(-0.038)
     text = (tmp_path / "recipes.md").read_text()
-    assert "| `digits-perflow` | 2 | 2 | 0.0620 | 0.1000 | -0.0380 ± 0.0050 | 3 |" in text and text in capsys.readouterr().out
+    assert "| `digits-perflow` | 1 | 2 | 2 | 0.0620 | 0.1000 | -0.0380 ± 0.0050 | 3 |" in text and text in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("errors, seeds, won", [((0.03, 0.031, 0.032), 3, True), ((0.06, 0.061, 0.062), 3, False), ((0.03, 0.051, 0.06), 3, False), ((0.03,), 1, None)])
