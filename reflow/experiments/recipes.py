@@ -117,11 +117,13 @@ def gather(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+def table(result: dict[str, Any], *, native: bool = False) -> str:
+    """The rows as Markdown; native: of one step a window alone."""
     out = ["| recipe | stage | windows | steps | student | its teacher | difference (95 %) | seeds |", "|---|---|---|---|---|---|---|---|"]
     for found in result["recipes"]:
         for row in found["rows"]:
+            if native and row["steps"] != row["windows"]:
+                continue
             d = row["difference"]
             half = "" if d["high"] is None else f" ± {(d['high'] - d['low']) / 2:.4f}"
             out.append(
