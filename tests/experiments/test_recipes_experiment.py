@@ -1,6 +1,7 @@
 """`reflow experiment recipes`: one line a training, nothing made twice, and what counts as won."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -94,3 +95,14 @@ def test_a_short_training_for_real(tmp_path):
     assert run(tmp_path, "--recipe", "digits-perflow", "--seeds", "1", "--samples", "60", *(w for s in small for w in ("--set", s))) == 0
     line = json.loads((tmp_path / "recipes.jsonl").read_text())
     assert [row["steps"] for row in line["rows"]] == [4, 8, 16] and all(0 < row["student"] < 1 for row in line["rows"])
+
+
+def test_the_readme_shows_what_was_measured():
+    root = pathlib.Path(__file__).resolve().parents[2]
+    result = json.loads((root / "bench" / "results" / "experiments" / "recipes.json").read_text())
+    assert f"<!-- recipes:start -->\n{recipes.table(result, native=True)}<!-- recipes:end -->" in (root / "README.md").read_text()
+    lines = [json.loads(line) for line in (root / "bench" / "results" / "experiments" / "recipes.jsonl").read_text().splitlines()]
+    for found in result["recipes"]:
+        mine = [line for line in lines if line["recipe"] == found["recipe"]]
+        assert recipes.gather(mine) == found and found["won"] is True and len(found["seeds"]) >= 3
+    assert {found["recipe"] for found in result["recipes"]} >= set(recipes.ALL) - {"digits"}
