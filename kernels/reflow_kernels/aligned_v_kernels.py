@@ -325,7 +325,7 @@ def forward(
         _finish_kernel,
         1,
         loss.device,
-        4 if blocks.tiles <= launch.CHUNK else 8,  # several reads keep more in registers
+        4 if blocks.tiles <= launch.CHUNK else 16,  # several reads keep more in registers
         *(sums, direction_weight, weight, loss, parts, stats, size, blocks.tiles, -(-blocks.tiles // chunk), batch),
         launch.stride(direction_weight),
         launch.stride(weight),

@@ -25,12 +25,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import reflow
+    from reflow.evaluation.machine import version_of
     from reflow_kernels import backend_report
 
     print(f"reflow {reflow.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in (*PACKAGES, *OPTIONAL):
         try:
-            print(f"  {name:14} {importlib.metadata.version(name)}")
+            print(f"  {name:14} {version_of(name)}")
         except importlib.metadata.PackageNotFoundError:
             need = f" ({OPTIONAL[name]}: pip install {name})" if name in OPTIONAL else f": pip install {name}"
             print(f"  {name:14} not installed{need}")

@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = version_of(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {"machine": machine, "versions": versions}
@@ -52,3 +52,11 @@ def memory() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def version_of(name: str) -> str:
+    """Of an installed package; of torch with its build, which a wheel from the package index leaves out of its metadata.
+
+    Raises importlib.metadata.PackageNotFoundError.
+    """
+    return torch.__version__ if name == "torch" else importlib.metadata.version(name)
