@@ -67,14 +67,10 @@ class CapturedSolve:
             with torch.cuda.graph(self.graph):
                 self.z_end = solve()
 
-    def fits(self, z_start: Tensor, window: Tensor, *inputs: Tensor) -> bool:
-        """Whether a call with these tensors can be replayed."""
-        return form(z_start, window, *inputs) == self.form
-
     def __call__(self, z_start: Tensor, window: Tensor, *inputs: Tensor) -> Tensor:
         """z at the windows' clean ends, as `solver.solve` gives it, in a tensor of its own. No host sync."""
-        if not self.fits(z_start, window, *inputs):
-            given = form(z_start, window, *inputs)
+        given = form(z_start, window, *inputs)
+        if given != self.form:
             raise ValueError(
                 f"This solve was recorded for tensors of shape, dtype, device and strides {self.form} and is called "
                 f"with {given}; record another, or call solver.solve."

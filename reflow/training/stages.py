@@ -40,9 +40,14 @@ def windows_of(stage: Stage) -> Windows:
     return Windows(stage.edges)
 
 
+def parts_of(stage: Stage) -> Windows:
+    """What the teacher solves: the windows, or the parts that merge into them."""
+    return Windows(stage.solved_edges)
+
+
 def trained(stage: Stage) -> tuple[int, ...]:
     """Numbers of the windows, or their parts, that a stage trains. Raises ValueError for a half that a window reaches across."""
-    parts = Windows(stage.solved_edges)
+    parts = parts_of(stage)
     if stage.half == "both":
         return tuple(range(len(parts)))
     windows_of(stage).half(stage.half)
@@ -54,9 +59,8 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
     recipe, stage = recipe.of_stage(index), recipe.stages[index]
     guidance = None if recipe.teacher.guidance_scale == 1.0 else recipe.teacher.guidance_scale
     try:
-        windows, parts = windows_of(stage), Windows(stage.solved_edges)
-        reach = ends(parts, stage.merges) if stage.merges else None
-        table = ChordTable(schedule, parts, recipe.student.prediction_type, ends=reach, device=device)
+        windows, parts = windows_of(stage), parts_of(stage)
+        table = ChordTable(schedule, parts, recipe.student.prediction_type, ends=ends(parts, stage.merges), device=device)
         merger = Merger(table, stage.merges, share=stage.self_share or 0.5, network_time_mode=recipe.student.network_time) if stage.merges else None
         if stage.teacher == "previous":
             before = ChordTable(schedule, windows_of(recipe.stages[index - 1]), recipe.student.prediction_type, device=device)
