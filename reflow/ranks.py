@@ -1,4 +1,4 @@
-"""Waiting for the other ranks of a run."""
+"""The ranks of a run: waiting for each other, agreeing on what they train, a port to meet at."""
 
 from __future__ import annotations
 
