@@ -1,0 +1,1 @@
+"""Beds: data and a teacher on which a claim can be decided, students that train there, and what is measured of them."""

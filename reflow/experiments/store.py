@@ -1,0 +1,36 @@
+"""Students that experiments share: tensors under the hash of what made them, beside the experiments' own folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reflow.errors import UserError
+from reflow.outputs import written
+
+
+class Store:
+    """A folder of NAME.safetensors. Two processes that make the same thing write the same file; a reader sees a whole one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made = 0  # by this process, not found there
+
+    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]], about: str = "") -> dict[str, Tensor]:
+        """What is kept under the name, or made now and kept. about: written into the file, to say what it is."""
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{path} cannot be read ({error}); remove it, and the same command makes it anew.") from error
+        made = make()
+        self.made += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written(path, shared=True) as place:
+            save_file({key: value.contiguous() for key, value in made.items()}, place, metadata={"about": about})
+        return made

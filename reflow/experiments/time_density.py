@@ -1,0 +1,203 @@
+"""Where in a window a student should be trained: densities of times by windows and budget, and why uniform times lose.
+
+    reflow experiment time-density --bed exact
+
+A K-step sampler asks a student at the windows' starts alone; PeRFlow (arXiv 2405.07510) trains it at times uniform in the window. One row
+a density, number of windows, budget and seed: paired error to the fine solve at one and two steps a window. For four windows also the
+velocity error by place in the window, what the second half's gradient does to that of the start, and controls: uniform times cut off
+earlier, half of the samples at the start with the rest everywhere or not, errors counted as shares, a network without the teacher's
+output, a wider one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflow.errors import UserError
+from reflow.experiments import cells
+from reflow.experiments.beds import measure, pressure, students
+from reflow.experiments.beds.exact import ExactBed, untrained
+from reflow.experiments.beds.students import Stage, Student
+from reflow.experiments.figures import COLOURS, canvas, line_over, save
+from reflow.experiments.store import Store
+from reflow.flow import Windows
+
+DENSITIES: dict[str, dict[str, Any]] = {
+    "start": {"time_density": "window_start", "time_share": 1.0},
+    "near start": {"time_density": "window_start", "time_share": 0.8, "time_upper": 0.5},
+    "exponential": {"time_density": "exponential", "time_sharpness": 4.0},
+    "u-shaped": {"time_density": "u_shaped", "time_sharpness": 4.0},
+    "uniform": {"time_density": "uniform"},
+}
+# Of four windows at the middle budget: objective keys, and what differs in the student.
+CONTROLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{f"uniform below {upper}": ({"time_density": "window_start", "time_share": 0.0, "time_upper": upper}, {}) for upper in (0.1, 0.25, 0.5, 0.75)},
+    "half start, half below 0.5": ({"time_density": "window_start", "time_share": 0.5, "time_upper": 0.5}, {}),
+    "half start, half everywhere": ({"time_density": "window_start", "time_share": 0.5, "time_upper": 1.0}, {}),
+    "uniform, errors as shares": ({"time_density": "uniform", "normalize": "loss"}, {}),
+    "uniform, twice as wide": ({"time_density": "uniform"}, {"width": 256}),
+    "near start, twice as wide": (DENSITIES["near start"], {"width": 256}),
+    "uniform, z alone": ({"time_density": "uniform"}, {"sees_output": False}),
+    "near start, z alone": (DENSITIES["near start"], {"sees_output": False}),
+}
+PLACES = tuple(i / 10 for i in range(11))
+MIDDLE = 600
+
+
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+    if bed != "exact":
+        raise UserError(f"time-density is there for --bed exact, not {bed!r}.")
+    counts, budgets, densities = (
+        ((1, 2, 4, 8), (200, MIDDLE, 2000), DENSITIES) if not quick else ((4,), (20, 60), {k: DENSITIES[k] for k in ("start", "uniform")})
+    )
+    middle = MIDDLE if not quick else budgets[-1]
+    store, place = Store(out.parent / "students"), ExactBed()
+    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    asked = [{"windows": k, "density": name, "steps": steps, "seed": seed}
+             for seed in range(seeds) for k in counts for steps in budgets for name in densities]  # fmt: skip
+    if not quick:
+        asked += [{"windows": 4, "density": name, "steps": middle, "seed": seed} for seed in range(seeds) for name in CONTROLS]
+    exact_chords = {k: measure.chords(place, Windows.uniform(k), per_window=20 if quick else 400) for k in counts}
+
+    def work(cell: cells.Cell) -> dict[str, Any]:
+        objective, more = CONTROLS[cell["density"]] if cell["density"] in CONTROLS else (DENSITIES[cell["density"]], {})
+        spec = Student((Stage(cell["windows"], cell["steps"], tuple(sorted(objective.items()))),), seed=cell["seed"], **more)
+        model, table = students.trained(spec, store), spec.table()
+        found: dict[str, Any] = {"at": measure.of_student(place, model, table, ref, (1, 2)), "evaluations": spec.evaluations()}
+        if cell["steps"] == middle:
+            found["profile"] = measure.profile(place, model, table, exact_chords[cell["windows"]], PLACES)
+            found["pressure"] = pressure.of_student(place, students.correction_of(spec, store), table, exact_chords[cell["windows"]])
+        return found
+
+    version = students.version("experiments/beds/measure.py", "experiments/beds/pressure.py")
+    rows = cells.make(out / "time-density.jsonl", asked, work, version)
+    teacher = {k: measure.of_teacher(place, k, ref) for k in counts}
+    own = {k: measure.profile(place, untrained(place), place.table(Windows.uniform(k)), exact_chords[k], PLACES) for k in counts}
+    found = {
+        "teacher": teacher,
+        "teacher_32": measure.of_teacher(place, 32, ref),
+        "untrained_profile": own,
+        "steepness": steepness(place, counts),
+        "rows": gathered(rows, teacher),
+    }
+    draw(out / "time-density.png", rows, found, counts, budgets, middle)
+    cells.finish(out, "time-density", rows, text(rows, found, counts, budgets, middle), found)
+
+
+def steepness(bed: ExactBed, counts: tuple[int, ...]) -> dict[int, list[float]]:
+    """Of each window how many times as steep the exact chord velocity is in z at the window's end as at its start, in the directions that the
+    data hardly vary in: 1/ratio of their standard deviations at the two ends (`GaussianData.chord_velocity`)."""
+    found = {}
+    for k in counts:
+        table = bed.table(Windows.uniform(k))
+        start, end = (
+            torch.sqrt(a**2 * bed.mixture.floor + s**2) for a, s in ((table.alpha_start, table.sigma_start), (table.alpha_end, table.sigma_end))
+        )
+        found[k] = (start / end).tolist()
+    return found
+
+
+def paired_of(windows: int, per_window: int = 1) -> Any:
+    return lambda result: result["at"][str(windows * per_window)]["paired"]
+
+
+def gathered(rows: list[cells.Row], teacher: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
+    """Of each setting the paired error over seeds, and its difference to the teacher's own step a window from the same noises."""
+    found = []
+    for windows, density, steps in dict.fromkeys((r["cell"]["windows"], r["cell"]["density"], r["cell"]["steps"]) for r in rows):
+        mine = cells.select(rows, windows=windows, density=density, steps=steps)
+        error = cells.over_seeds(mine, paired_of(windows))
+        own = cells.over_seeds(mine, lambda r, k=windows: r["at"][str(k)]["paired"] - teacher[k]["paired"])
+        more = {key: cells.over_seeds(mine, lambda r, key=key, k=windows: r["at"][str(k)][key]).as_dict() for key in ("frechet", "nll", "agreement")}
+        found.append({"windows": windows, "density": density, "steps": steps, "paired": error.as_dict(), "less_teacher": own.as_dict(),
+                      "twice": cells.over_seeds(mine, paired_of(windows, 2)).as_dict(), **more})  # fmt: skip
+    return found
+
+
+def text(rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], budgets: tuple[int, ...], middle: int) -> str:
+    names = list(dict.fromkeys(row["cell"]["density"] for row in rows if row["cell"]["density"] in DENSITIES))
+    blocks = []
+    for k in counts:
+        lines = [
+            [name, *(cells.told(cells.over_seeds(cells.select(rows, windows=k, density=name, steps=s), paired_of(k))) for s in budgets)]
+            for name in names
+        ]
+        own = found["teacher"][k]["paired"]
+        blocks.append(
+            f"{k} windows, {k} steps; the teacher's own {k} steps: {own:.4f}\n\n" + cells.table(["times", *(f"{s} steps" for s in budgets)], lines)
+        )
+    controls = [name for name in CONTROLS if cells.select(rows, density=name)]
+    lines = []
+    for name in (*names, *controls):
+        mine = cells.select(rows, windows=4, density=name, steps=middle)
+        start = cells.over_seeds(mine, lambda r: sum(w[0] for w in r["profile"]) / len(r["profile"]))
+        end = cells.over_seeds(mine, lambda r: sum(w[-1] for w in r["profile"]) / len(r["profile"]))
+        pull = [cells.over_seeds(mine, lambda r, key=key: r["pressure"][key]) for key in ("ratio", "cosine")]
+        lines.append(
+            [
+                name,
+                cells.told(cells.over_seeds(mine, paired_of(4))),
+                cells.told(start, 3),
+                cells.told(end, 3),
+                cells.told(pull[0], 1),
+                cells.told(pull[1], 2),
+            ]
+        )
+    own = found["untrained_profile"][4]
+    lines.append(
+        ["untrained", f"{found['teacher'][4]['paired']:.4f}", f"{sum(w[0] for w in own) / 4:.3f}", f"{sum(w[-1] for w in own) / 4:.3f}", "", ""]
+    )
+    heads = ["4 windows, times", "paired error, 4 steps", "velocity error at starts", "at ends", "gradient, late over start", "their cosine"]
+    return "\n".join([*blocks, cells.table(heads, lines)]) + (
+        "\nPaired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same 2,000 noises. ± is half a 95 % interval over training seeds.\n"
+    )
+
+
+def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], budgets: tuple[int, ...], middle: int) -> None:
+    figure, axes = canvas(1, 3, width=13.5, height=4.2)
+    names = [name for name in DENSITIES if cells.select(rows, density=name)]
+    for name, colour in zip(names, COLOURS, strict=False):
+        line_over(
+            axes[0], budgets, [cells.over_seeds(cells.select(rows, windows=4, density=name, steps=s), paired_of(4)) for s in budgets], name, colour
+        )
+        ratio = [
+            cells.over_seeds(
+                cells.select(rows, windows=k, density=name, steps=budgets[-1]),
+                lambda r, k=k: r["at"][str(k)]["paired"] / found["teacher"][k]["paired"],
+            )
+            for k in counts
+        ]
+        line_over(axes[1], counts, ratio, name, colour)
+        mine = cells.select(rows, windows=4, density=name, steps=middle)
+        each = [cells.over_seeds(mine, lambda r, i=i: sum(w[i] for w in r["profile"]) / 4) for i in range(len(PLACES))]
+        line_over(axes[2], PLACES, each, name, colour, marker="")
+    axes[0].axhline(found["teacher"][4]["paired"], color="0.35", linestyle="--", linewidth=1)
+    axes[0].annotate(
+        "the teacher's own 4 steps", (budgets[0], found["teacher"][4]["paired"]), xytext=(0, 4), textcoords="offset points", color="0.35"
+    )
+    axes[0].set(
+        xscale="log",
+        xlabel="optimizer steps of 128 samples",
+        ylabel="paired error, 4 windows, 4 steps",
+        title="Uniform times hardly learn what is used",
+    )
+    axes[0].set_xticks(budgets, [str(b) for b in budgets], minor=False)
+    axes[0].minorticks_off()
+    axes[1].axhline(1.0, color="0.35", linestyle="--", linewidth=1)
+    axes[1].set(xscale="log", xlabel="windows, one step each", ylabel="paired error over the teacher's own", title=f"After {budgets[-1]} steps")
+    axes[1].set_xticks(counts, [str(k) for k in counts], minor=False)
+    axes[1].minorticks_off()
+    own = [sum(w[i] for w in found["untrained_profile"][4]) / 4 for i in range(len(PLACES))]
+    axes[2].plot(PLACES, own, color="0.35", linestyle="--", linewidth=1, label="untrained")
+    axes[2].axvline(0.0, color="0.8", linewidth=6, zorder=0)
+    axes[2].set(
+        xlabel="place in the window: 0 its start (all that 4 steps use), 1 its end",
+        ylabel="relative velocity error, 4 windows",
+        title="Where the error lies",
+    )
+    axes[2].legend(frameon=False)
+    save(figure, path)
