@@ -153,7 +153,7 @@ def text(rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], 
     )
     heads = ["4 windows, times", "paired error, 4 steps", "velocity error at starts", "at ends", "gradient, late over start", "their cosine"]
     return "\n".join([*blocks, cells.table(heads, lines)]) + (
-        "\nPaired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same 2,000 noises. ± is half a 95 % interval over training seeds.\n"
+        "\nPaired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same 2,000 noises. ± is half a 95 % interval over\ntraining seeds.\n"
     )
 
 
