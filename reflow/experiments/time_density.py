@@ -152,9 +152,8 @@ def text(rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], 
         ["untrained", f"{found['teacher'][4]['paired']:.4f}", f"{sum(w[0] for w in own) / 4:.3f}", f"{sum(w[-1] for w in own) / 4:.3f}", "", ""]
     )
     heads = ["4 windows, times", "paired error, 4 steps", "velocity error at starts", "at ends", "gradient, late over start", "their cosine"]
-    return "\n".join([*blocks, cells.table(heads, lines)]) + (
-        "\nPaired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same 2,000 noises. ± is half a 95 % interval over\ntraining seeds.\n"
-    )
+    means = "Paired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same noises. ± is half a 95 % interval over training seeds."
+    return "\n".join([*blocks, cells.table(heads, lines)]) + f"\n{means}\n"
 
 
 def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], budgets: tuple[int, ...], middle: int) -> None:
