@@ -41,24 +41,21 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False) -
     store, place = Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
     asked = []
-    for seed in range(seeds):
-        for density in DENSITIES:
-            for steps in budgets if density == "near start" else (middle,):
-                for loss in ("mse", "aligned_v"):
-                    for arm in ("single", "progressive", "single, equal evaluations"):
-                        asked.append(
-                            {"arm": arm, "loss": loss, "density": density, "steps": steps, "weight": 1.0, "norm": "window_speed", "seed": seed}
-                        )
-            for norm in NORMS if density == "near start" else NORMS[:1]:
-                asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm, "seed": seed}
-                          for w in weights if (w, norm) != (1.0, "window_speed")]  # fmt: skip
+    for density in DENSITIES:
+        for steps in budgets if density == "near start" else (middle,):
+            for loss in ("mse", "aligned_v"):
+                for arm in ("single", "progressive", "single, equal evaluations"):
+                    asked.append({"arm": arm, "loss": loss, "density": density, "steps": steps, "weight": 1.0, "norm": "window_speed"})
+        for norm in NORMS if density == "near start" else NORMS[:1]:
+            asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm}
+                      for w in weights if (w, norm) != (1.0, "window_speed")]  # fmt: skip
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, students.trained(spec, store), spec.table(), ref, (1, 2))
+        found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref, (1, 2))
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(out / "ablation.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "ablation.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
     found = {"teacher_4": measure.of_teacher(place, 4, ref), "differences": differences(rows), "weights": by_weight(rows)}
     draw(out / "ablation.png", rows, found, budgets, middle)
     cells.finish(out, "ablation", rows, text(rows, found), found)

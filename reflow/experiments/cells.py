@@ -47,6 +47,11 @@ def make(path: Path, cells: Sequence[Cell], work: Callable[[Cell], dict[str, Any
     return [known[_key(cell), version] for cell in cells]
 
 
+def seeded(settings: Iterable[Cell], seeds: int) -> list[Cell]:
+    """Each setting with the seeds 0, 1, ... one after the other, so that students of one setting are trained together."""
+    return [{**setting, "seed": seed} for setting in settings for seed in range(seeds)]
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file. Raises UserError for what is none of them."""
     try:

@@ -36,21 +36,19 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 600)
     store, place = Store(out.parent / "students"), ExactBed()
     references = {
-        w: measure.reference(place, store, samples=100 if quick else measure.SAMPLES, guidance=guided(w), steps=60 if quick else 250) for w in scales
+        w: measure.reference(place, store, samples=100 if quick else measure.SAMPLES, guidance=guided(w), steps=60 if quick else 200) for w in scales
     }
     asked = []
-    for seed in range(seeds):
-        for model in MODELS:
-            asked += [{"model": model, "mode": "sync", "starts": "data", "scale": w, "steps": steps, "seed": seed} for w in scales]
-            asked += [{"model": model, "mode": "fixed", "starts": starts, "scale": w, "steps": steps, "seed": seed}
-                      for w in fixed for starts in ("data", "noise")]  # fmt: skip
+    for model in MODELS:
+        asked += [{"model": model, "mode": "sync", "starts": "data", "scale": w, "steps": steps} for w in scales]
+        asked += [{"model": model, "mode": "fixed", "starts": starts, "scale": w, "steps": steps} for w in fixed for starts in ("data", "noise")]
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
         asked_for = guided(cell["scale"]) if cell["mode"] == "sync" else None
-        return measure.of_student(place, students.trained(spec, store), spec.table(), references[cell["scale"]], guidance=asked_for)
+        return measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), references[cell["scale"]], guidance=asked_for)
 
-    rows = cells.make(out / "guidance.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "guidance.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
     found = {
         "teacher": {str(n): {str(w): measure.of_teacher(place, n, references[w]) for w in scales} for n in (4, 2, 32)},
         "fine": {str(w): measure.of_samples(place, references[w].fine, references[w]) for w in scales},

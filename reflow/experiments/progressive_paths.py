@@ -24,7 +24,7 @@ from reflow.experiments.figures import COLOURS, canvas, line_over, save
 from reflow.experiments.store import Store
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
-BUDGETS = (300, 1200)
+BUDGETS = (300, 900)
 
 
 def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
@@ -35,18 +35,17 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     store, place = Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
     asked = []
-    for seed in range(seeds):
-        for steps in budgets:
-            for path in paths:
-                kinds = ["equal steps"] if len(path) == 1 else ["root", "chained", "direct for root", "direct for chained"]
-                asked += [{"path": list(path), "kind": kind, "steps": steps, "seed": seed} for kind in kinds]
+    for steps in budgets:
+        for path in paths:
+            kinds = ["equal steps"] if len(path) == 1 else ["root", "chained", "direct for root", "direct for chained"]
+            asked += [{"path": list(path), "kind": kind, "steps": steps} for kind in kinds]
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, students.trained(spec, store), spec.table(), ref)
+        found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref)
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(out / "progressive-paths.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "progressive-paths.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
     found = {"teacher": {k: measure.of_teacher(place, k, ref) for k in sorted({path[-1] for path in paths})}, "paths": gathered(rows)}
     draw(out / "progressive-paths.png", found, budgets)
     cells.finish(out, "progressive-paths", rows, text(found, budgets), found)

@@ -20,17 +20,23 @@ class Store:
         self.folder = folder
         self.made = 0  # by this process, not found there
 
+    def has(self, name: str) -> bool:
+        return self._path(name).exists()
+
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]], about: str = "") -> dict[str, Tensor]:
         """What is kept under the name, or made now and kept. about: written into the file, to say what it is."""
-        path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            try:
-                return load_file(path)
-            except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read ({error}); remove it, and the same command makes it anew.") from error
-        made = make()
+        if not self.has(name):
+            self.keep(name, make(), about)
+        try:
+            return load_file(self._path(name))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{self._path(name)} cannot be read ({error}); remove it, and the same command makes it anew.") from error
+
+    def keep(self, name: str, made: dict[str, Tensor], about: str = "") -> None:
         self.made += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written(path, shared=True) as place:
+        with written(self._path(name), shared=True) as place:
             save_file({key: value.contiguous() for key, value in made.items()}, place, metadata={"about": about})
-        return made
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

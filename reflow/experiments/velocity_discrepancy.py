@@ -12,6 +12,7 @@ also in z / (alpha + sigma) over sigma / (alpha + sigma), where straight means o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         raise UserError(f"velocity-discrepancy is there for --bed exact, not {bed!r}.")
     steps, store, place = 30 if quick else 600, Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
-    asked = [{"density": density, "steps": steps, "seed": seed} for seed in range(seeds) for density in DENSITIES]
+    asked = cells.seeded([{"density": density, "steps": steps} for density in DENSITIES], seeds)
     own = velocities(place.path(place.teacher, place.solver(Windows.uniform(STEPS), 1), ref.noise, ref.labels), Windows.uniform(STEPS))
     teacher = of_velocities(own)
 
@@ -47,7 +48,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         for i in range(len(STAGES)):
             keys = tuple(sorted(DENSITIES[cell["density"]].items()))
             spec = Student(tuple(Stage(k, cell["steps"], keys) for k in STAGES[: i + 1]), seed=cell["seed"])
-            states = student_path(place, spec, store, ref)
+            states = student_path(place, spec, store, ref, range(seeds))
             found[str(STAGES[i])] = of_velocities(velocities(states, Windows.uniform(STEPS)), kept=cell["seed"] == 0)
         return found
 
@@ -61,9 +62,9 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     cells.finish(out, "velocity-discrepancy", rows, text(found), found)
 
 
-def student_path(bed: ExactBed, spec: Student, store: Store, ref: measure.Reference) -> list[Tensor]:
+def student_path(bed: ExactBed, spec: Student, store: Store, ref: measure.Reference, seeds: Sequence[int]) -> list[Tensor]:
     """z at the 33 times, by Euler steps of the velocity that the student has in its own window."""
-    return bed.path(students.trained(spec, store), WindowSolver.from_student(spec.table(), Windows.uniform(STEPS), 1), ref.noise, ref.labels)
+    return bed.path(students.trained(spec, store, seeds), WindowSolver.from_student(spec.table(), Windows.uniform(STEPS), 1), ref.noise, ref.labels)
 
 
 def velocities(states: list[Tensor], times: Windows) -> Tensor:

@@ -97,27 +97,45 @@ class ExactBed:
 class Correction(nn.Module):
     """What a student adds to the exact output: a small network of z, the exact output, time and class; zero before it is trained.
 
-    width: of its hidden layers. sees_output: the exact output is given besides z, as a copy of a trained network has it inside."""
+    seeds: one network for each, side by side, so that students that differ in their seed alone are trained at the cost of little more than
+    one; rows [S B] belong to the S networks in turn, B each. width: of the hidden layers. sees_output: the exact output is given besides z,
+    as a copy of a trained network has it inside."""
 
-    def __init__(self, size: int, width: int = 128, sees_output: bool = True) -> None:
+    SHAPES = ("enter", "time", "label", "first", "second", "leave")
+
+    def __init__(self, size: int, width: int = 128, sees_output: bool = True, seeds: tuple[int, ...] = (0,)) -> None:
         super().__init__()
         self.sees_output = sees_output
-        self.enter = nn.Linear(2 * size, width)
-        self.time = nn.Linear(2 * FREQUENCIES, width)
-        self.label = nn.Embedding(NULL + 1, width)
-        self.middle = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.leave = nn.Sequential(nn.SiLU(), nn.Linear(width, size))
-        nn.init.zeros_(self.leave[1].weight)
-        nn.init.zeros_(self.leave[1].bias)
+        fan = {
+            "enter": 2 * size if sees_output else size,
+            "time": 2 * FREQUENCIES,
+            "label": NULL + 1,
+            "first": width,
+            "second": width,
+            "leave": width,
+        }
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for name in self.SHAPES:
+            out = size if name == "leave" else width
+            drawn = [torch.randn((fan[name], out), generator=g) * (1.0 if name == "label" else 0.6 * fan[name] ** -0.5) for g in generators]
+            weight = torch.stack(drawn) * (0.0 if name == "leave" else 1.0)
+            self.register_parameter(name, nn.Parameter(weight))
+            if name != "label":
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(len(seeds), 1, out)))
 
     def forward(self, z: Tensor, output: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        networks, rows = len(self.enter), len(z) // len(self.enter)
+
+        def layer(name: str, x: Tensor) -> Tensor:
+            bias, weight = getattr(self, f"{name}_bias"), getattr(self, name)
+            return torch.baddbmm(bias, x.view(networks, rows, -1), weight).flatten(0, 1)
+
         angle = timestep[:, None] / 1000.0 * (2.0 ** torch.arange(FREQUENCIES, device=z.device)) * (math.pi / 2)
         features = torch.cat([angle.sin(), angle.cos()], 1).to(z.dtype)
-        output = output if self.sees_output else torch.zeros_like(output)
-        h = self.enter(torch.cat([z, output], 1)) + self.time(features) + self.label(labels)
-        h = h + self.middle(h)
-        correction: Tensor = self.leave(h)
-        return correction
+        place = labels + (NULL + 1) * torch.arange(networks, device=z.device).repeat_interleave(rows)
+        h = layer("enter", torch.cat([z, output], 1) if self.sees_output else z) + layer("time", features) + self.label.flatten(0, 1)[place]
+        h = h + layer("second", nn.functional.silu(layer("first", nn.functional.silu(h))))
+        return layer("leave", nn.functional.silu(h))
 
 
 def student(bed: ExactBed, correction: nn.Module) -> Model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -61,8 +61,7 @@ class LowRankMixture:
 
     def log_densities(self, z: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """log of weight * density of each component at z [B, D]: [B, M]. alpha, sigma scalars or [B]."""
-        logits, _, _, _ = self._parts(z, alpha, sigma)
-        return logits
+        return self._parts(z, alpha, sigma)[0]
 
     def log_likelihood(self, z: Tensor, labels: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """log p(z | label) [B] of rows z [B, D], in nats."""
@@ -83,35 +82,38 @@ class LowRankMixture:
 
             x0 = mean + alpha floor d / b + sigma^2 w       eps = sigma (d / b - alpha w)
         """
-        logits, inside, base, (a, s) = self._parts(z, alpha, sigma)
+        logits, inside, variance, base, (a, s) = self._parts(z, alpha, sigma)
         share = torch.softmax(logits.masked_fill(~self._allowed(labels, self.classes), -math.inf), 1)
         mean = share @ self.means
-        factor = a[..., None] * self.spread / (base[..., None] * (base[..., None] + (a * a)[..., None] * self.spread))
-        w = (share[..., None] * inside * factor).flatten(1) @ self._flat_axes.T
-        centred = (z - a * mean) / base
+        w = (inside.mul_(self.spread).div_(variance).mul_(share[..., None])).flatten(1) @ self._flat_axes.T
+        w, centred = w * (a / base), (z - a * mean) / base
         return mean + a * self.floor * centred + s * s * w, s * (centred - a * w)
 
-    @property
+    @cached_property
     def _flat_axes(self) -> Tensor:
         return self.axes.permute(1, 0, 2).flatten(1)  # [D, M R]
+
+    @cached_property
+    def _centres(self) -> Tensor:
+        return torch.einsum("md,mdr->mr", self.means, self.axes)
 
     @staticmethod
     def _allowed(labels: Tensor, classes: Tensor) -> Tensor:
         return (labels[:, None] == classes) | (labels[:, None] == NULL)
 
-    def _parts(self, z: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Log densities with weights [B, M], d in each component's axes [B, M, R], b [B or 1, 1] and (alpha, sigma) alike."""
+    def _parts(self, z: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Log densities with weights [B, M], d and the variance in each component's axes [B, M, R], b [B or 1, 1] and (alpha, sigma) alike."""
         a, s = (torch.as_tensor(value, dtype=z.dtype, device=z.device).reshape(-1, 1) for value in (alpha, sigma))
         base = a * a * self.floor + s * s
-        centres = torch.einsum("md,mdr->mr", self.means, self.axes)
-        inside = (z @ self._flat_axes).view(len(z), *centres.shape) - a[..., None] * centres
-        variance = base[..., None] + (a * a)[..., None] * self.spread
+        inside = (z @ self._flat_axes).view(len(z), *self._centres.shape) - a[..., None] * self._centres
+        variance = torch.addcmul(base[..., None], (a * a)[..., None], self.spread)
         square = z.square().sum(1, keepdim=True) - 2.0 * a * (z @ self.means.T) + a * a * self.means.square().sum(1)
-        outside = (square - inside.square().sum(2)) / base
-        count = z.shape[1]
-        volume = (count - self.spread.shape[1]) * base.log() + variance.log().sum(2) + count * math.log(2.0 * math.pi)
-        logits = self.weights.log() - 0.5 * (outside + (inside.square() / variance).sum(2) + volume)
-        return logits, inside, base, (a, s)
+        # of the axes: d^2/variance - d^2/b = -d^2 a^2 spread / (b variance)
+        along = (inside.square().div_(variance).mul_(self.spread)).sum(2) * (a * a)
+        count, rank = z.shape[1], self.spread.shape[1]
+        volume = (count - rank) * base.log() + variance.log().sum(2) + count * math.log(2.0 * math.pi)
+        logits = self.weights.log() - 0.5 * ((square - along) / base + volume)
+        return logits, inside, variance, base, (a, s)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ difference between them is theirs. Time runs from t=1 (noise) to t=0 (data).
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import reflow
 import reflow_kernels
@@ -137,49 +136,64 @@ def _code(file: Path) -> str:
     return ast.dump(tree)
 
 
-def trained(spec: Student, store: Store) -> Model:
-    """The student, from the store or trained now, stage by stage."""
-    return student(spec.bed(), correction_of(spec, store))
+def trained(spec: Student, store: Store, seeds: Sequence[int] = ()) -> Model:
+    """The student, from the store or trained now, stage by stage; `seeds` that are not there yet are trained with it, at little more cost."""
+    return student(spec.bed(), correction_of(spec, store, seeds))
 
 
-def correction_of(spec: Student, store: Store) -> Correction:
+def correction_of(spec: Student, store: Store, seeds: Sequence[int] = ()) -> Correction:
     """The trained part of the student."""
     bed = spec.bed()
     correction = Correction(bed.mixture.means.shape[1], spec.width, spec.sees_output)
-    correction.load_state_dict(store.tensors(spec.name(), lambda: train(spec, store), json.dumps(spec.resolved())))
+    correction.load_state_dict(weights(spec, store, seeds))
     return correction.to(bed.device, bed.dtype).requires_grad_(False)
 
 
-def train(spec: Student, store: Store, watch: Callable[[int, nn.Module], None] | None = None) -> dict[str, Tensor]:
-    """Weights of the average after the last stage; those before it come from the store. watch(step, network): called before every step."""
+def weights(spec: Student, store: Store, seeds: Sequence[int] = ()) -> dict[str, Tensor]:
+    """The student's weights from the store, where they are put now if they are not there, and those of the other seeds with them."""
+    if not store.has(spec.name()):
+        fellows = [replace(spec, seed=seed) for seed in sorted({spec.seed, *seeds})]
+        missing = [fellow for fellow in fellows if not store.has(fellow.name())]
+        for fellow, made in zip(missing, train(missing, store), strict=True):
+            store.keep(fellow.name(), made, json.dumps(fellow.resolved()))
+    return store.tensors(spec.name(), dict)
+
+
+def train(cohort: Sequence[Student], store: Store) -> list[dict[str, Tensor]]:
+    """Weights of the averages after the last stage of students that differ in their seed alone; earlier stages come from the store.
+
+    Each has the first weights, pairs and draws of its own seed and its own clipping, so that it is what it would be alone, to rounding."""
+    spec, seeds = cohort[0], tuple(one.seed for one in cohort)
     bed, stage, device = spec.bed(), spec.stages[-1], spec.bed().device
-    torch.manual_seed(spec.seed)
-    network = Correction(bed.mixture.means.shape[1], spec.width, spec.sees_output).to(device, bed.dtype)
+    network = Correction(bed.mixture.means.shape[1], spec.width, spec.sees_output, seeds).to(device, bed.dtype)
     if len(spec.stages) > 1:
-        network.load_state_dict(store.tensors(spec.before().name(), lambda: train(spec.before(), store), json.dumps(spec.before().resolved())))
-    average, settings, table = copy.deepcopy(network).requires_grad_(False), stage.settings(), spec.table()
-    z_start, z_end, window, labels = pool(_pool_key(spec), store)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    model, generator = student(bed, network), torch.Generator().manual_seed(7919 * spec.seed + len(spec.stages))
+        before = [weights(one.before(), store, seeds) for one in cohort]
+        network.load_state_dict({key: torch.cat([one[key] for one in before]) for key in before[0]})
+    settings, table = stage.settings(), spec.table()
+    pools = [pool(_pool_key(one), store) for one in cohort]
+    parameters = list(network.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    model = student(bed, network)
+    generators = [torch.Generator().manual_seed(7919 * seed + len(spec.stages)) for seed in seeds]
     warmup = min(20, stage.steps // 10)
     for step in range(stage.steps):
-        if watch is not None:
-            watch(step, network)
-        rows = torch.randint(len(labels), (spec.batch,), generator=generator).to(device)
-        draws = torch.rand((spec.batch, 1, 2), generator=generator, dtype=torch.float32).to(device, bed.dtype)
-        at = targets.points(z_start[rows], z_end[rows], window[rows], draws, table, settings)
-        output = model(at.model_input, network_time(at.t), labels[rows])
-        loss = targets.loss(output, at, table, settings).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        rows = [torch.randint(len(p[3]), (spec.batch,), generator=g) for p, g in zip(pools, generators, strict=True)]
+        draws = torch.cat([torch.rand((spec.batch, 1, 2), generator=g) for g in generators]).to(device, bed.dtype)
+        z_start, z_end, window, labels = (torch.cat([p[i][r.to(device)] for p, r in zip(pools, rows, strict=True)]) for i in range(4))
+        at = targets.points(z_start, z_end, window, draws, table, settings)
+        loss = targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings).loss * len(cohort)
+        gradients = torch.autograd.grad(loss, parameters)
+        size = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        kept = (1.0 / size.clamp(min=1e-12)).clamp(max=1.0).view(-1, 1, 1)  # the gradient of each seed is at most 1 long
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * kept
         for group in optimizer.param_groups:
             group["lr"] = spec.learning_rate * rate(step, stage.steps, warmup)
         optimizer.step()
-        decay = min(0.99, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - decay)
-    return {key: value.cpu() for key, value in average.state_dict().items()}
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - min(0.99, (1 + step) / (10 + step)))
+    names = [name for name, _ in network.named_parameters()]
+    return [{name: value[i : i + 1].cpu() for name, value in zip(names, average, strict=True)} for i in range(len(cohort))]
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -200,7 +214,7 @@ def _pool_key(spec: Student) -> Student:
     )
 
 
-@lru_cache(maxsize=12)
+@lru_cache(maxsize=24)
 def pool(spec: Student, store: Store) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solved windows of the last stage: z_start, z_end [N, D], window [N], the student's labels [N].
 
