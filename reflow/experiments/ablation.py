@@ -29,7 +29,7 @@ DENSITIES = {
 }
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 NORMS = ("window_speed", "none")
-BUDGETS, MIDDLE = (200, 600, 2000), 600
+BUDGETS, MIDDLE = (150, 500, 1500), 500
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 

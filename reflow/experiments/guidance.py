@@ -33,10 +33,10 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
     if bed != "exact":
         raise UserError(f"guidance is there for --bed exact, not {bed!r}.")
-    scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 600)
+    scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 400)
     store, place = Store(out.parent / "students"), ExactBed()
     references = {
-        w: measure.reference(place, store, samples=100 if quick else measure.SAMPLES, guidance=guided(w), steps=60 if quick else 200) for w in scales
+        w: measure.reference(place, store, samples=100 if quick else measure.SAMPLES, guidance=guided(w), steps=60 if quick else 160) for w in scales
     }
     asked = []
     for model in MODELS:

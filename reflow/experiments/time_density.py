@@ -44,7 +44,7 @@ CONTROLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "near start, z alone": (DENSITIES["near start"], {"sees_output": False}),
 }
 PLACES = tuple(i / 10 for i in range(11))
-MIDDLE = 600
+MIDDLE, LONG = 600, 6000  # optimizer steps; every number of windows at the middle, two densities for ten times as long
 
 
 def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
@@ -57,9 +57,10 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     middle = MIDDLE if not quick else budgets[-1]
     store, place = Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
-    asked = [{"windows": k, "density": name, "steps": steps} for k in counts for steps in budgets if k == 4 or steps != MIDDLE for name in densities]
+    asked = [{"windows": k, "density": name, "steps": steps} for k in counts for steps in budgets if k == 4 or steps == middle for name in densities]
     if not quick:
         asked += [{"windows": 4, "density": name, "steps": middle} for name in CONTROLS]
+        asked += [{"windows": 4, "density": name, "steps": LONG} for name in ("near start", "uniform")]
     exact_chords = {k: measure.chords(place, Windows.uniform(k), per_window=20 if quick else 400) for k in counts}
 
     def work(cell: cells.Cell) -> dict[str, Any]:

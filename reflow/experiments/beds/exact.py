@@ -32,8 +32,8 @@ class ExactBed:
     parts, rank: of the mixture. dtype: of everything that is computed."""
 
     zero_snr: bool = False
-    parts: int = 3
-    rank: int = 8
+    parts: int = 2
+    rank: int = 6
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 

@@ -34,7 +34,7 @@ class Reference:
     guidance: float | None = None
 
 
-def reference(bed: ExactBed, store: Store, *, samples: int = SAMPLES, guidance: float | None = None, steps: int = 500) -> Reference:
+def reference(bed: ExactBed, store: Store, *, samples: int = SAMPLES, guidance: float | None = None, steps: int = 300) -> Reference:
     """The noises that everything is measured from, and what the flow makes of them: kept in the store."""
     labels = torch.arange(samples) % CLASSES
     noise = torch.randn((samples, bed.mixture.means.shape[1]), generator=torch.Generator().manual_seed(NOISE_SEED))

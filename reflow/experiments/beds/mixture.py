@@ -140,7 +140,7 @@ def clusters(rows: Tensor, count: int, rounds: int = 50) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def fitted(parts: int = 3, rank: int = 8) -> LowRankMixture:
+def fitted(parts: int = 2, rank: int = 6) -> LowRankMixture:
     """The bundled scans, 8x8 pixels from -1 to 1, as `parts` components of `rank` axes a class, in fp64. The floor is the mean variance of
     what the axes leave over."""
     from sklearn.datasets import load_digits
