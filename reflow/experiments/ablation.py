@@ -17,7 +17,7 @@ from typing import Any
 
 from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
@@ -39,7 +39,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False) -
         raise UserError(f"ablation is there for --bed exact, not {bed!r}.")
     budgets, middle, weights = ((40,), 40, (0.1, 10.0)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
     store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    ref = measure.reference(place, store, **SHORT if quick else {})
     asked = []
     for density in DENSITIES:
         for steps in budgets if density == "near start" else (middle,):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
 from reflow.experiments.store import Store
@@ -41,7 +41,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         raise UserError(f"direction-vs-magnitude is there for --bed exact, not {bed!r}.")
     angles, counts = ((0.2, 0.8), (4,)) if quick else (ANGLES, STEPS)
     store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    ref = measure.reference(place, store, **SHORT if quick else {})
     asked = [{"arm": arm, "kept": kept, "angle": angle, "steps": steps, "seed": seed}
              for seed in range(seeds) for steps in counts for kept in (False, True) for arm in (*ARMS, *(BIASES if kept else ()))
              for angle in angles if arm not in BIASES or seed == 0]  # fmt: skip

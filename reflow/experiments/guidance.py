@@ -17,7 +17,7 @@ from typing import Any
 
 from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
@@ -35,9 +35,8 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         raise UserError(f"guidance is there for --bed exact, not {bed!r}.")
     scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 400)
     store, place = Store(out.parent / "students"), ExactBed()
-    references = {
-        w: measure.reference(place, store, samples=100 if quick else measure.SAMPLES, guidance=guided(w), steps=60 if quick else 160) for w in scales
-    }
+    settings = SHORT if quick else {"steps": 160}
+    references = {w: measure.reference(place, store, guidance=guided(w), **settings) for w in scales}
     asked = []
     for model in MODELS:
         asked += [{"model": model, "mode": "sync", "starts": "data", "scale": w, "steps": steps} for w in scales]

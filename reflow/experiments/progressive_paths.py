@@ -17,7 +17,7 @@ from typing import Any
 from reflow.errors import UserError
 from reflow.experiments import cells
 from reflow.experiments.ablation import equal_cost
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
@@ -33,7 +33,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         raise UserError(f"progressive-paths is there for --bed exact, not {bed!r}.")
     paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, BUDGETS)
     store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    ref = measure.reference(place, store, **SHORT if quick else {})
     asked = []
     for steps in budgets:
         for path in paths:

@@ -18,7 +18,7 @@ import torch
 
 from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, pressure, students
+from reflow.experiments.beds import SHORT, measure, pressure, students
 from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
@@ -56,7 +56,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     )
     middle = MIDDLE if not quick else budgets[-1]
     store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    ref = measure.reference(place, store, **SHORT if quick else {})
     asked = [{"windows": k, "density": name, "steps": steps} for k in counts for steps in budgets if k == 4 or steps == middle for name in densities]
     if not quick:
         asked += [{"windows": 4, "density": name, "steps": middle} for name in CONTROLS]
@@ -119,40 +119,33 @@ def gathered(rows: list[cells.Row], teacher: dict[int, dict[str, float]]) -> lis
 
 
 def text(rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], budgets: tuple[int, ...], middle: int) -> str:
-    names = list(dict.fromkeys(row["cell"]["density"] for row in rows if row["cell"]["density"] in DENSITIES))
+    names = [name for name in DENSITIES if cells.select(rows, density=name)]
+
+    def error(**setting: Any) -> str:
+        mine = cells.select(rows, **setting)
+        return cells.told(cells.over_seeds(mine, paired_of(setting["windows"]))) if mine else ""
+
     blocks = []
     for k in counts:
-        each = budgets if k == 4 else (budgets[0], budgets[-1])
-        lines = [
-            [name, *(cells.told(cells.over_seeds(cells.select(rows, windows=k, density=name, steps=s), paired_of(k))) for s in each)]
-            for name in names
-        ]
-        own = found["teacher"][k]["paired"]
-        blocks.append(
-            f"{k} windows, {k} steps; the teacher's own {k} steps: {own:.4f}\n\n" + cells.table(["times", *(f"{s} steps" for s in each)], lines)
-        )
+        each = (*budgets, LONG) if k == 4 else (middle,)
+        each = tuple(s for s in each if cells.select(rows, windows=k, steps=s))
+        lines = [[name, *(error(windows=k, density=name, steps=s) for s in each)] for name in names]
+        own = f"{k} windows, {k} steps; the teacher's own {k} steps: {found['teacher'][k]['paired']:.4f}"
+        blocks.append(f"{own}\n\n" + cells.table(["times", *(f"{s} optimizer steps" for s in each)], lines))
     controls = [name for name in CONTROLS if cells.select(rows, density=name)]
     lines = []
     for name in (*names, *controls):
         mine = cells.select(rows, windows=4, density=name, steps=middle)
-        start = cells.over_seeds(mine, lambda r: sum(w[0] for w in r["profile"]) / len(r["profile"]))
-        end = cells.over_seeds(mine, lambda r: sum(w[-1] for w in r["profile"]) / len(r["profile"]))
-        pull = [cells.over_seeds(mine, lambda r, key=key: r["pressure"][key]) for key in ("ratio", "cosine")]
-        lines.append(
-            [
-                name,
-                cells.told(cells.over_seeds(mine, paired_of(4))),
-                cells.told(start, 3),
-                cells.told(end, 3),
-                cells.told(pull[0], 1),
-                cells.told(pull[1], 2),
-            ]
-        )
+        own = found["teacher"][4]["paired"]
+        numbers = [cells.over_seeds(mine, paired_of(4)), cells.over_seeds(mine, lambda r, own=own: paired_of(4)(r) - own)]
+        numbers += [cells.over_seeds(mine, lambda r, i=i: sum(w[i] for w in r["profile"]) / len(r["profile"])) for i in (0, -1)]
+        numbers += [cells.over_seeds(mine, lambda r, key=key: r["pressure"][key]) for key in ("ratio", "cosine")]
+        digits = ((4, False), (4, True), (3, False), (3, False), (1, False), (2, True))
+        lines.append([name, *(cells.told(number, *form) for number, form in zip(numbers, digits, strict=True))])
     own = found["untrained_profile"][4]
-    lines.append(
-        ["untrained", f"{found['teacher'][4]['paired']:.4f}", f"{sum(w[0] for w in own) / 4:.3f}", f"{sum(w[-1] for w in own) / 4:.3f}", "", ""]
-    )
-    heads = ["4 windows, times", "paired error, 4 steps", "velocity error at starts", "at ends", "gradient, late over start", "their cosine"]
+    lines.append(["untrained", f"{found['teacher'][4]['paired']:.4f}", "0", *(f"{sum(w[i] for w in own) / 4:.3f}" for i in (0, -1)), "", ""])
+    heads = ["4 windows, times", f"paired error, 4 steps, after {middle}", "less the teacher's", "velocity error at the starts", "at the ends"]
+    heads += ["gradient, second half over start", "their cosine"]
     means = "Paired error: RMS pixel distance (pixels -1 to 1) to the fine solve from the same noises. ± is half a 95 % interval over training seeds."
     return "\n".join([*blocks, cells.table(heads, lines)]) + f"\n{means}\n"
 
@@ -161,36 +154,27 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], counts: tuple
     figure, axes = canvas(1, 3, width=13.5, height=4.2)
     names = [name for name in DENSITIES if cells.select(rows, density=name)]
     for name, colour in zip(names, COLOURS, strict=False):
-        line_over(
-            axes[0], budgets, [cells.over_seeds(cells.select(rows, windows=4, density=name, steps=s), paired_of(4)) for s in budgets], name, colour
-        )
-        ratio = [
-            cells.over_seeds(
-                cells.select(rows, windows=k, density=name, steps=budgets[-1]),
-                lambda r, k=k: r["at"][str(k)]["paired"] / found["teacher"][k]["paired"],
-            )
-            for k in counts
-        ]
+        there = [s for s in (*budgets, LONG) if cells.select(rows, windows=4, density=name, steps=s)]
+        each = [cells.over_seeds(cells.select(rows, windows=4, density=name, steps=s), paired_of(4)) for s in there]
+        line_over(axes[0], there, each, name, colour)
+        ratio = []
+        for k in counts:
+            own = found["teacher"][k]["paired"]
+            ratio.append(cells.over_seeds(cells.select(rows, windows=k, density=name, steps=middle), lambda r, k=k, own=own: paired_of(k)(r) / own))
         line_over(axes[1], counts, ratio, name, colour)
         mine = cells.select(rows, windows=4, density=name, steps=middle)
         each = [cells.over_seeds(mine, lambda r, i=i: sum(w[i] for w in r["profile"]) / 4) for i in range(len(PLACES))]
         line_over(axes[2], PLACES, each, name, colour, marker="")
-    axes[0].axhline(found["teacher"][4]["paired"], color="0.35", linestyle="--", linewidth=1)
-    axes[0].annotate(
-        "the teacher's own 4 steps", (budgets[0], found["teacher"][4]["paired"]), xytext=(0, 4), textcoords="offset points", color="0.35"
-    )
-    axes[0].set(
-        xscale="log",
-        xlabel="optimizer steps of 128 samples",
-        ylabel="paired error, 4 windows, 4 steps",
-        title="Uniform times hardly learn what is used",
-    )
-    axes[0].set_xticks(budgets, [str(b) for b in budgets], minor=False)
-    axes[0].minorticks_off()
+    own = found["teacher"][4]["paired"]
+    axes[0].axhline(own, color="0.35", linestyle="--", linewidth=1)
+    axes[0].annotate("the teacher's own 4 steps", (budgets[0], own), xytext=(0, 4), textcoords="offset points", color="0.35")
+    axes[0].set(xlabel="optimizer steps of 128 samples", ylabel="paired error, 4 windows, 4 steps", title="Four windows, by budget")
     axes[1].axhline(1.0, color="0.35", linestyle="--", linewidth=1)
-    axes[1].set(xscale="log", xlabel="windows, one step each", ylabel="paired error over the teacher's own", title=f"After {budgets[-1]} steps")
-    axes[1].set_xticks(counts, [str(k) for k in counts], minor=False)
-    axes[1].minorticks_off()
+    axes[1].set(xlabel="windows, one step each", ylabel="paired error over the teacher's own", title=f"After {middle} steps, by windows")
+    for axis, places in ((axes[0], (*budgets, LONG) if LONG in [r["cell"]["steps"] for r in rows] else budgets), (axes[1], counts)):
+        axis.set_xscale("log")
+        axis.set_xticks(places, [str(p) for p in places], minor=False)
+        axis.minorticks_off()
     own = [sum(w[i] for w in found["untrained_profile"][4]) / 4 for i in range(len(PLACES))]
     axes[2].plot(PLACES, own, color="0.35", linestyle="--", linewidth=1, label="untrained")
     axes[2].axvline(0.0, color="0.8", linewidth=6, zorder=0)

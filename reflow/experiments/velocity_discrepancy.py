@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, save
@@ -38,7 +38,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     if bed != "exact":
         raise UserError(f"velocity-discrepancy is there for --bed exact, not {bed!r}.")
     steps, store, place = 30 if quick else 600, Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, samples=200 if quick else measure.SAMPLES)
+    ref = measure.reference(place, store, **SHORT if quick else {})
     asked = cells.seeded([{"density": density, "steps": steps} for density in DENSITIES], seeds)
     own = velocities(place.path(place.teacher, place.solver(Windows.uniform(STEPS), 1), ref.noise, ref.labels), Windows.uniform(STEPS))
     teacher = of_velocities(own)

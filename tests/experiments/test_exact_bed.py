@@ -220,7 +220,7 @@ def test_dropped_labels_are_the_teachers_too_unless_it_is_guided(tmp_path):
         z_start, z_end, window, labels = students.pool(Student(stage, pairs=400, drop=0.5, guidance=guidance), Store(tmp_path))
         dropped = labels == NULL
         assert 120 < int(dropped.sum()) < 280
-        solved = bed.solver(Windows.uniform(2), 16).solve(lambda z, t: bed.teacher(z, t, labels[dropped]), z_start[dropped], window[dropped])
+        solved = bed.solver(Windows.uniform(2), 16).solve(lambda z, t, asked=labels[dropped]: bed.teacher(z, t, asked), z_start[dropped], window[dropped])
         assert torch.allclose(solved, z_end[dropped], atol=1e-5) is (guidance == 1.0)
 
 

@@ -1,0 +1,162 @@
+"""The experiments of the exact bed in seconds: what theory says must hold, and that the committed runs are what their rows say."""
+
+import json
+import math
+import pathlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reflow.errors import UserError
+from reflow.experiments import ablation, cells, direction_vs_magnitude, guidance, progressive_paths, time_density, velocity_discrepancy
+from reflow.experiments.beds import SHORT, measure, students
+from reflow.experiments.beds.exact import ExactBed, untrained
+from reflow.experiments.beds.students import Stage, Student
+from reflow.experiments.store import Store
+from reflow.flow import Windows
+
+ALL = {
+    "time-density": time_density,
+    "ablation": ablation,
+    "progressive-paths": progressive_paths,
+    "velocity-discrepancy": velocity_discrepancy,
+    "direction-vs-magnitude": direction_vs_magnitude,
+    "guidance": guidance,
+}
+RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One place for all, so that they share their students."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+def made(folder, name, capsys):
+    """What the quick form finds; run twice, it makes nothing the second time."""
+    out = folder / name
+    for _ in range(2):
+        ALL[name].run(out, seeds=2, quick=True)
+        said = capsys.readouterr().out
+    assert "[1/" not in said and all((out / f"{name}.{kind}").stat().st_size for kind in ("json", "jsonl", "md", "png"))
+    return cells.read(out / f"{name}.jsonl"), json.loads((out / f"{name}.json").read_text())["found"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_bed_is_a_sentence(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is there for --bed exact, not 'cifar'"):
+        ALL[name].run(tmp_path, bed="cifar")
+
+
+def test_time_density(folder, capsys):
+    rows, found = made(folder, "time-density", capsys)
+    for row in cells.select(rows, density="start", steps=60):
+        assert row["result"]["at"]["4"]["paired"] < found["teacher"]["4"]["paired"]  # what is trained where it is used beats its teacher
+    # An untrained student's error at a window's start is that of the teacher's own step over the window.
+    bed, windows = ExactBed(), Windows.uniform(4)
+    at = measure.chords(bed, windows, per_window=20)
+    step = bed.solver(windows, 1).solve(lambda z, t: bed.teacher(z, t, at.labels), at.z_start, at.window)
+    for k in range(4):
+        off, size = ((x[at.window == k].double() ** 2).mean() for x in (step - at.z_end, at.z_end - at.z_start))
+        assert found["untrained_profile"]["4"][k][0] == pytest.approx(float((off / size).sqrt()), rel=1e-3)
+    steep = found["steepness"]["4"]
+    assert steep == sorted(steep) and steep[0] > 1  # the chord's velocity is the steeper in z at the end, most in the cleanest window
+
+
+def test_ablation(folder, capsys, tmp_path):
+    made(folder, "ablation", capsys)
+    cell = {"loss": "mse", "density": "near start", "steps": 40, "weight": 1.0, "norm": "window_speed", "seed": 0}
+    progressive, equal = (ablation.student_of({**cell, "arm": arm}) for arm in ("progressive", "single, equal evaluations"))
+    more = replace(equal, stages=(replace(equal.stages[0], steps=equal.stages[0].steps + 1),))
+    assert equal.evaluations() <= progressive.evaluations() < more.evaluations()
+    # Alignment of weight 0 is the plain error: the same student.
+    plain, aligned = (Student((Stage(4, 20, keys),), pairs=512) for keys in ((), (("direction_weight", 0.0), ("loss", "aligned_v"))))
+    first, second = (students.weights(spec, Store(tmp_path)) for spec in (plain, aligned))
+    assert plain.name() != aligned.name()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_progressive_paths(folder, capsys):
+    rows, found = made(folder, "progressive-paths", capsys)
+    assert {tuple(line["path"]) for line in found["paths"]} == {(2,), (4, 2)}
+    chained = progressive_paths.student_of({"path": [8, 4, 2], "kind": "chained", "steps": 100, "seed": 1})
+    assert [(s.windows, s.steps, s.teacher) for s in chained.stages] == [(8, 33, "root"), (4, 33, "previous"), (2, 34, "previous")]
+    root = replace(chained, stages=tuple(replace(s, teacher="root") for s in chained.stages))
+    solves = [students.solver_steps(s) for s in (*root.stages, *chained.stages)]
+    assert solves == [4, 8, 16, 4, 2, 2]  # 32 steps of the whole of time, or one in each of two merged windows
+    assert all(row["result"]["steps"] == 40 for row in cells.select(rows, kind="chained"))
+
+
+def test_velocity_discrepancy(folder, capsys):
+    _, found = made(folder, "velocity-discrepancy", capsys)
+    lags = found["teacher"]["by_lag"]
+    assert lags[0] == 0 and lags == sorted(lags)  # further apart, further off
+    v = torch.randn((8, 5, 3), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
+    straight = velocity_discrepancy.of_velocities(v)  # constant in each of 8 windows
+    assert straight["within"]["8"] == pytest.approx(0, abs=1e-6) and straight["within"]["2"] > 0.5
+    distance = torch.tensor(straight["distance"])
+    assert torch.equal(distance, distance.T) and float(distance.diagonal().max()) == 0
+    states = [torch.zeros(5, 3)]
+    for move in v:
+        states.append(states[-1] - move / 32)
+    torch.testing.assert_close(velocity_discrepancy.velocities(states, Windows.uniform(32)), v)
+
+
+def test_an_untrained_students_path_is_the_teachers_at_the_starts(folder):
+    """At the boundaries of its windows, where the chord is the schedule, the velocity of one step is the teacher's own step."""
+    bed = ExactBed(dtype=torch.float64)
+    z, labels = torch.randn((10, 64), generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.arange(10)
+    mine = bed.path(untrained(bed), bed.student_solver(bed.table(Windows.uniform(8))), z, labels)
+    own = bed.path(bed.teacher, bed.solver(Windows.uniform(8), 1), z, labels)
+    for a, b in zip(mine, own):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_direction_vs_magnitude(folder, capsys):
+    rows, found = made(folder, "direction-vs-magnitude", capsys)
+    for line in found["arms"]:
+        assert line["paired"]["mean"] > found["undisturbed"]["4"]["paired"] or line["angle"] < 0.5
+    v, towards = (torch.randn((7, 64), generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    for angle in (0.1, 0.8):
+        found = direction_vs_magnitude.turned(v, towards, angle)
+        torch.testing.assert_close(found.norm(dim=1), v.norm(dim=1))
+        torch.testing.assert_close((found - v).norm(dim=1), 2 * math.sin(angle / 2) * v.norm(dim=1))  # as long as the magnitude's error
+        torch.testing.assert_close((found * v).sum(1) / v.square().sum(1), torch.full((7,), math.cos(angle), dtype=torch.float64))
+    bed = ExactBed()
+    ref = measure.reference(bed, Store(folder / "students"), **SHORT)
+    still = direction_vs_magnitude.disturbed(bed, ref, "random direction", 0.0, 4, False, 0)
+    torch.testing.assert_close(still, bed.sample(bed.teacher, bed.solver(Windows.uniform(4), 1), ref.noise, ref.labels), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance(folder, capsys):
+    rows, found = made(folder, "guidance", capsys)
+    assert {(line["mode"], line["starts"]) for line in found["students"]} == {("sync", "data"), ("fixed", "data"), ("fixed", "noise")}
+    sync, fixed = (guidance.student_of({"model": "II", "mode": mode, "starts": "data", "scale": 5, "steps": 9, "seed": 0}) for mode in ("sync", "fixed"))
+    assert (sync.guidance, sync.drop, fixed.guidance, fixed.drop) == (1.0, 0.1, 5.0, 0.0) and [s.windows for s in sync.stages] == [8, 4, 2]
+    # A scale of 1 with both halves is no guidance.
+    bed = ExactBed(dtype=torch.float64)
+    z, labels = torch.randn((10, 64), generator=torch.Generator().manual_seed(2), dtype=torch.float64), torch.arange(10)
+    plain, one = (bed.sample(bed.teacher, bed.solver(Windows.uniform(2), 2, guidance=w), z, labels) for w in (None, 1.0))
+    torch.testing.assert_close(one, plain, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_committed_run_is_what_its_rows_say(name):
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"no full run of {name} is committed")
+    summary, rows = json.loads(path.read_text()), cells.read(RESULTS / f"{name}.jsonl")
+    assert len(summary["seeds"]) >= (5 if name == "ablation" else 3) and summary["revision"] and "processor" in summary["machine"]
+    assert {row["version"] for row in rows} == {summary["version"]} and (RESULTS / f"{name}.png").stat().st_size < 300_000
+    again = {
+        "time-density": lambda: {"rows": time_density.gathered(rows, {int(k): v for k, v in summary["found"]["teacher"].items()})},
+        "ablation": lambda: {"differences": ablation.differences(rows), "weights": ablation.by_weight(rows)},
+        "progressive-paths": lambda: {"paths": progressive_paths.gathered(rows)},
+        "velocity-discrepancy": lambda: {"stages": velocity_discrepancy.gathered(rows, summary["found"]["teacher"])},
+        "direction-vs-magnitude": lambda: {"arms": direction_vs_magnitude.gathered(rows)},
+        "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
+    }[name]()
+    for key, value in again.items():
+        assert json.loads(json.dumps(value)) == summary["found"][key], key
