@@ -48,7 +48,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False) -
                     asked.append({"arm": arm, "loss": loss, "density": density, "steps": steps, "weight": 1.0, "norm": "window_speed"})
         for norm in NORMS if density == "near start" else NORMS[:1]:
             asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm}
-                      for w in weights if (w, norm) != (1.0, "window_speed")]  # fmt: skip
+                      for w in weights if (w, norm) != (1.0, "window_speed") and (density == "near start" or w > 1.0)]  # fmt: skip
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)

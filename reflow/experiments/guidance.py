@@ -25,6 +25,7 @@ from reflow.experiments.store import Store
 
 SCALES = (1, 2, 3, 4, 5, 6, 7)
 FIXED = (3, 7)
+PAIRS = 8192  # a stage, solved once
 MODELS = {"I": (8, 4), "II": (8, 4, 2)}
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
@@ -65,8 +66,8 @@ def student_of(cell: cells.Cell) -> Student:
     objective = (("starts", cell["starts"]),) if cell["starts"] != "data" else ()
     stages = tuple(Stage(k, cell["steps"], objective) for k in MODELS[cell["model"]])
     if cell["mode"] == "sync":
-        return Student(stages, seed=cell["seed"], drop=0.1)
-    return Student(stages, seed=cell["seed"], guidance=float(cell["scale"]))
+        return Student(stages, seed=cell["seed"], drop=0.1, pairs=PAIRS)
+    return Student(stages, seed=cell["seed"], guidance=float(cell["scale"]), pairs=PAIRS)
 
 
 def value(steps: int, key: str) -> Callable[[dict[str, Any]], float]:

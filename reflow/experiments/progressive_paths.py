@@ -24,7 +24,7 @@ from reflow.experiments.figures import COLOURS, canvas, line_over, save
 from reflow.experiments.store import Store
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
-BUDGETS = (200, 600)
+BUDGETS = (400,)
 
 
 def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
