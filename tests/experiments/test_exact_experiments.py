@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from reflow.errors import UserError
-from reflow.experiments import ablation, cells, direction_vs_magnitude, guidance, progressive_paths, time_density, velocity_discrepancy
+from reflow.experiments import (
+    ablation,
+    cells,
+    direction_vs_magnitude,
+    guidance,
+    parameterisations,
+    progressive_paths,
+    time_density,
+    velocity_discrepancy,
+)
 from reflow.experiments.beds import SHORT, measure, students
 from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
@@ -23,6 +32,7 @@ ALL = {
     "velocity-discrepancy": velocity_discrepancy,
     "direction-vs-magnitude": direction_vs_magnitude,
     "guidance": guidance,
+    "parameterisations": parameterisations,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -142,6 +152,13 @@ def test_guidance(folder, capsys):
     torch.testing.assert_close(one, plain, rtol=0, atol=1e-11)
 
 
+def test_parameterisations(folder, capsys):
+    _, found = made(folder, "parameterisations", capsys)
+    begins = {line["kind"]: line["paired"]["mean"] for line in found["kinds"] if line["steps"] == 0}
+    assert begins["ddim_eps"] == pytest.approx(found["teacher_4"]["paired"], rel=1e-4)  # before the first step it is the teacher
+    assert min(begins["diff_eps"], begins["velocity"]) > 1.5 * begins["ddim_eps"]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -157,6 +174,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "velocity-discrepancy": lambda: {"stages": velocity_discrepancy.gathered(rows, summary["found"]["teacher"])},
         "direction-vs-magnitude": lambda: {"arms": direction_vs_magnitude.gathered(rows)},
         "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
+        "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
     }[name]()
     for key, value in again.items():
         assert json.loads(json.dumps(value)) == summary["found"][key], key
