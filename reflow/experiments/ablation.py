@@ -33,29 +33,27 @@ BUDGETS, MIDDLE = (150, 500, 1500), 500
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"ablation is there for --bed exact, not {bed!r}.")
     budgets, middle, weights = ((40,), 40, (0.1, 10.0)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
     store, place = Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, **SHORT if quick else {})
-    asked = []
-    for density in DENSITIES:
-        for steps in budgets if density == "near start" else (middle,):
-            for loss in ("mse", "aligned_v"):
-                for arm in ("single", "progressive", "single, equal evaluations"):
-                    asked.append({"arm": arm, "loss": loss, "density": density, "steps": steps, "weight": 1.0, "norm": "window_speed"})
-        for norm in NORMS if density == "near start" else NORMS[:1]:
-            asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm}
-                      for w in weights if (w, norm) != (1.0, "window_speed") and (density == "near start" or w > 1.0)]  # fmt: skip
+    arms = [{"arm": arm, "loss": loss} for loss in ("mse", "aligned_v") for arm in ("single", "progressive", "single, equal evaluations")]
+    usual = {"weight": 1.0, "norm": "window_speed"}
+    asked = [{**arm, "density": density, "steps": middle, **usual} for density in DENSITIES for arm in arms]
+    asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm}
+              for density in DENSITIES for norm in NORMS for w in weights
+              if (w, norm) != (1.0, "window_speed") and (density == "near start" or (w > 1.0 and norm == "window_speed"))]  # fmt: skip
+    asked += [{**arm, "density": "near start", "steps": steps, **usual} for steps in budgets if steps != middle for arm in arms]
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
         found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref, (1, 2))
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(out / "ablation.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "ablation.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report)
     found = {"teacher_4": measure.of_teacher(place, 4, ref), "differences": differences(rows), "weights": by_weight(rows)}
     draw(out / "ablation.png", rows, found, budgets, middle)
     cells.finish(out, "ablation", rows, text(rows, found), found)
@@ -104,6 +102,8 @@ def differences(rows: list[cells.Row]) -> list[dict[str, Any]]:
             "both - neither, equal steps": (("progressive", "aligned_v"), ("single", "mse")),
         }
         for name, (mine, other) in pairs.items():
+            if not arms[mine] or not arms[other]:
+                continue
             against = cells.over_seeds(arms[other], ERROR)
             found.append({"density": density, "steps": steps, "what": name, "against": against.as_dict(),
                           "difference": cells.paired(arms[mine], arms[other], ERROR).as_dict()})  # fmt: skip
@@ -114,22 +114,24 @@ def by_weight(rows: list[cells.Row]) -> list[dict[str, Any]]:
     """The aligned error less the plain one, single stage, for each weight of the direction."""
     found = []
     kinds = [(r["cell"]["density"], r["cell"]["norm"], r["cell"]["weight"]) for r in rows if r["cell"]["loss"] == "aligned_v"]
-    middle = next(r["cell"]["steps"] for r in rows if r["cell"]["weight"] != 1.0)
+    middle = rows[0]["cell"]["steps"]  # it is asked for first
     for density, norm, weight in sorted(set(kinds)):
         mine = cells.select(rows, arm="single", loss="aligned_v", density=density, norm=norm, weight=weight, steps=middle)
         plain = cells.select(rows, arm="single", loss="mse", density=density, steps=middle)
+        if not plain or not mine:
+            continue
         found.append({"density": density, "norm": norm, "weight": weight, "steps": middle, "paired": cells.over_seeds(mine, ERROR).as_dict(),
                       "less_plain": cells.paired(mine, plain, ERROR).as_dict()})  # fmt: skip
     return found
 
 
 def text(rows: list[cells.Row], found: dict[str, Any]) -> str:
-    kinds = list(dict.fromkeys((d["density"], d["steps"]) for d in found["differences"]))
+    kinds = sorted({(d["density"], d["steps"]) for d in found["differences"]})
     heads = ["difference in paired error, 4 windows at 4 steps", *(f"{steps} steps, {density}" for density, steps in kinds)]
     lines = []
     for name in dict.fromkeys(d["what"] for d in found["differences"]):
-        each = [next(d for d in found["differences"] if (d["what"], d["density"], d["steps"]) == (name, *kind)) for kind in kinds]
-        lines.append([name, *(cells.told(cells.Interval(**d["difference"]), sign=True) for d in each)])
+        each = [next((d for d in found["differences"] if (d["what"], d["density"], d["steps"]) == (name, *kind)), None) for kind in kinds]
+        lines.append([name, *("" if d is None else cells.told(cells.Interval(**d["difference"]), sign=True) for d in each)])
     plain = [cells.over_seeds(cells.select(rows, arm="single", loss="mse", density=d, steps=s), ERROR) for d, s in kinds]
     first = cells.table(heads, [["single, plain: the error itself", *map(cells.told, plain)], *lines])
     groups = list(dict.fromkeys((w["density"], w["norm"]) for w in found["weights"]))
@@ -148,11 +150,9 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], budgets: tupl
     arms = [("single", "mse"), ("single", "aligned_v"), ("progressive", "mse"), ("progressive", "aligned_v")]
     names = ["single, plain", "single, aligned", "8 -> 4, plain", "8 -> 4, aligned"]
     for (arm, loss), name, colour in zip(arms, names, COLOURS, strict=False):
-        each = [
-            cells.over_seeds(cells.select(rows, arm=arm, loss=loss, density="near start", steps=s, weight=1.0, norm="window_speed"), ERROR)
-            for s in budgets
-        ]
-        line_over(axes[0], budgets, each, name, colour)
+        there = {s: cells.select(rows, arm=arm, loss=loss, density="near start", steps=s, weight=1.0, norm="window_speed") for s in budgets}
+        there = {s: mine for s, mine in there.items() if mine}
+        line_over(axes[0], list(there), [cells.over_seeds(mine, ERROR) for mine in there.values()], name, colour)
     axes[0].axhline(found["teacher_4"]["paired"], color="0.35", linestyle="--", linewidth=1)
     axes[0].set(
         xlabel="optimizer steps of 128 samples, all stages", ylabel="paired error, 4 windows at 4 steps", title="Four trainings at equal steps"
@@ -161,8 +161,8 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], budgets: tupl
     wanted = ("progressive - single, plain, equal steps", "progressive - single, plain, equal evaluations", "aligned - plain, single")
     labels = ("8 -> 4 less single, equal steps", "8 -> 4 less single, equal evaluations", "aligned less plain, single")
     for name, label, colour in zip(wanted, labels, COLOURS[2:], strict=False):
-        own = [next(d for d in found["differences"] if (d["what"], d["density"], d["steps"]) == (name, "near start", s)) for s in budgets]
-        line_over(axes[1], budgets, [cells.Interval(**d["difference"]) for d in own], label, colour)
+        own = {d["steps"]: cells.Interval(**d["difference"]) for d in found["differences"] if (d["what"], d["density"]) == (name, "near start")}
+        line_over(axes[1], sorted(own), [own[s] for s in sorted(own)], label, colour)
     axes[1].axhline(0.0, color="0.35", linewidth=1)
     axes[1].set(xlabel="optimizer steps of 128 samples", ylabel="difference in paired error", title="Above 0: it costs quality")
     axes[1].legend(frameon=False)

@@ -24,16 +24,24 @@ Cell = dict[str, Any]
 Row = dict[str, Any]
 
 
-def make(path: Path, cells: Sequence[Cell], work: Callable[[Cell], dict[str, Any]], version: str) -> list[Row]:
+def make(path: Path, cells: Sequence[Cell], work: Callable[[Cell], dict[str, Any]], version: str, *, report: bool = False) -> list[Row]:
     """A row {cell, result, version, seconds} for each cell, in their order, from `path` (JSON lines) or made now by `work`.
 
-    Rows of other versions and of cells that are no longer asked for stay in the file and are not returned. Raises UserError where the
-    file is none of rows.
+    Rows of other versions and of cells that are no longer asked for stay in the file and are not returned. report: nothing is
+    made; returned are the rows that are there, of settings whose seeds are all there. Raises UserError where the file is none of rows, and
+    where there is none to report.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read(path)
     known = {(_key(row["cell"]), row["version"]): row for row in rows}
     missing = [cell for cell in cells if (_key(cell), version) not in known]
+    if report:
+        short = {_setting(cell) for cell in missing}
+        there = [known[_key(cell), version] for cell in cells if _setting(cell) not in short]
+        if not there:
+            raise UserError(f"{path} has no setting with all its seeds of this version yet; give the command without --report first.")
+        print(f"{len(missing)} of {len(cells)} cells are not there yet")
+        return there
     began = time.monotonic()
     for n, cell in enumerate(missing):
         start = time.process_time()
@@ -65,6 +73,10 @@ def read(path: Path) -> list[Row]:
 
 def _key(cell: Cell) -> str:
     return json.dumps(cell, sort_keys=True)
+
+
+def _setting(cell: Cell) -> str:
+    return _key({key: value for key, value in cell.items() if key != "seed"})
 
 
 def described(cell: Cell) -> str:

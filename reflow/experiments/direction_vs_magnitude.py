@@ -35,8 +35,8 @@ STEPS = (32, 4)
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Disturb, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Disturb, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"direction-vs-magnitude is there for --bed exact, not {bed!r}.")
     angles, counts = ((0.2, 0.8), (4,)) if quick else (ANGLES, STEPS)
@@ -50,7 +50,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         found = disturbed(place, ref, cell["arm"], cell["angle"], cell["steps"], cell["kept"], cell["seed"])
         return measure.of_samples(place, found, ref)
 
-    rows = cells.make(out / "direction-vs-magnitude.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "direction-vs-magnitude.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
     found = {"undisturbed": {steps: measure.of_teacher(place, steps, ref) for steps in counts}, "arms": gathered(rows)}
     draw(out / "direction-vs-magnitude.png", rows, found, angles, counts)
     cells.finish(out, "direction-vs-magnitude", rows, text(found, angles, counts), found)

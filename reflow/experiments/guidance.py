@@ -30,8 +30,8 @@ MODELS = {"I": (8, 4), "II": (8, 4, 2)}
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"guidance is there for --bed exact, not {bed!r}.")
     scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 400)
@@ -48,7 +48,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         asked_for = guided(cell["scale"]) if cell["mode"] == "sync" else None
         return measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), references[cell["scale"]], guidance=asked_for)
 
-    rows = cells.make(out / "guidance.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "guidance.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report)
     found = {
         "teacher": {str(n): {str(w): measure.of_teacher(place, n, references[w]) for w in scales} for n in (4, 2, 32)},
         "fine": {str(w): measure.of_samples(place, references[w].fine, references[w]) for w in scales},

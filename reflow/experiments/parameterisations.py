@@ -25,8 +25,8 @@ KINDS = ("ddim_eps", "diff_eps", "velocity")
 BUDGETS = (0, 100, 300, 1000)
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"parameterisations is there for --bed exact, not {bed!r}.")
     budgets = (0, 30) if quick else BUDGETS
@@ -40,7 +40,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         spec = Student((Stage(4, cell["steps"]),), seed=cell["seed"], prediction_type=cell["kind"])
         return measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref)["4"]
 
-    rows = cells.make(out / "parameterisations.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "parameterisations.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
     found = {"teacher_4": measure.of_teacher(place, 4, ref), "kinds": gathered(rows)}
     draw(out / "parameterisations.png", found, budgets)
     cells.finish(out, "parameterisations", rows, text(found, budgets), found)

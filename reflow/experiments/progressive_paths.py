@@ -27,8 +27,8 @@ PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 
 BUDGETS = (400,)
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"progressive-paths is there for --bed exact, not {bed!r}.")
     paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, BUDGETS)
@@ -45,7 +45,9 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref)
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(out / "progressive-paths.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(
+        out / "progressive-paths.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report
+    )
     found = {"teacher": {k: measure.of_teacher(place, k, ref) for k in sorted({path[-1] for path in paths})}, "paths": gathered(rows)}
     draw(out / "progressive-paths.png", found, budgets)
     cells.finish(out, "progressive-paths", rows, text(found, budgets), found)

@@ -47,8 +47,8 @@ PLACES = tuple(i / 10 for i in range(11))
 MIDDLE = 600  # optimizer steps: every number of windows, and what is measured inside of windows
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"time-density is there for --bed exact, not {bed!r}.")
     counts, budgets, densities = (
@@ -57,9 +57,10 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
     middle = MIDDLE if not quick else budgets[-1]
     store, place = Store(out.parent / "students"), ExactBed()
     ref = measure.reference(place, store, **SHORT if quick else {})
-    asked = [{"windows": k, "density": name, "steps": steps} for k in counts for steps in budgets if k == 4 or steps == middle for name in densities]
-    if not quick:
-        asked += [{"windows": 4, "density": name, "steps": middle} for name in CONTROLS]
+    # what explains comes first, the longest last
+    asked = [{"windows": 4, "density": name, "steps": middle} for name in (*densities, *(() if quick else CONTROLS))]
+    asked += [{"windows": k, "density": name, "steps": middle} for k in counts if k != 4 for name in densities]
+    asked += [{"windows": 4, "density": name, "steps": steps} for steps in budgets if steps != middle for name in densities]
     exact_chords = {k: measure.chords(place, Windows.uniform(k), per_window=20 if quick else 400) for k in counts}
 
     def work(cell: cells.Cell) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
         return found
 
     version = students.version("experiments/beds/measure.py", "experiments/beds/pressure.py")
-    rows = cells.make(out / "time-density.jsonl", cells.seeded(asked, seeds), work, version)
+    rows = cells.make(out / "time-density.jsonl", cells.seeded(asked, seeds), work, version, report=report)
     teacher = {k: measure.of_teacher(place, k, ref) for k in counts}
     own = {k: measure.profile(place, untrained(place), place.table(Windows.uniform(k)), exact_chords[k], PLACES) for k in counts}
     found = {
@@ -129,6 +130,8 @@ def text(rows: list[cells.Row], found: dict[str, Any], counts: tuple[int, ...], 
     blocks = []
     for k in counts:
         each = budgets if k == 4 else (middle,)
+        if not cells.select(rows, windows=k):
+            continue
         lines = [[name, *(error(windows=k, density=name, steps=s) for s in each)] for name in names]
         own = f"{k} windows, {k} steps; the teacher's own {k} steps: {found['teacher'][k]['paired']:.4f}"
         blocks.append(f"{own}\n\n" + cells.table(["times", *(f"{s} optimizer steps" for s in each)], lines))
@@ -173,13 +176,15 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], counts: tuple
     figure, axes = canvas(1, 3, width=13.5, height=4.2)
     names = [name for name in DENSITIES if cells.select(rows, density=name)]
     for name, colour in zip(names, COLOURS, strict=False):
-        each = [cells.over_seeds(cells.select(rows, windows=4, density=name, steps=s), paired_of(4)) for s in budgets]
-        line_over(axes[0], budgets, each, name, colour)
-        ratio = []
+        there = {s: cells.select(rows, windows=4, density=name, steps=s) for s in budgets}
+        there = {s: mine for s, mine in there.items() if mine}
+        line_over(axes[0], list(there), [cells.over_seeds(mine, paired_of(4)) for mine in there.values()], name, colour)
+        ratio = {}
         for k in counts:
-            own = found["teacher"][k]["paired"]
-            ratio.append(cells.over_seeds(cells.select(rows, windows=k, density=name, steps=middle), lambda r, k=k, own=own: paired_of(k)(r) / own))
-        line_over(axes[1], counts, ratio, name, colour)
+            mine, own = cells.select(rows, windows=k, density=name, steps=middle), found["teacher"][k]["paired"]
+            if mine:
+                ratio[k] = cells.over_seeds(mine, lambda r, k=k, own=own: paired_of(k)(r) / own)
+        line_over(axes[1], list(ratio), list(ratio.values()), name, colour)
         mine = cells.select(rows, windows=4, density=name, steps=middle)
         each = [cells.over_seeds(mine, lambda r, i=i: sum(w[i] for w in r["profile"]) / 4) for i in range(len(PLACES))]
         line_over(axes[2], PLACES, each, name, colour, marker="")

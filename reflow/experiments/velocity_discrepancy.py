@@ -33,8 +33,8 @@ STAGES = (8, 4, 2)
 DENSITIES: dict[str, dict[str, Any]] = {"near start": {}, "uniform": {"time_density": "uniform"}}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests."""
+def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
     if bed != "exact":
         raise UserError(f"velocity-discrepancy is there for --bed exact, not {bed!r}.")
     steps, store, place = 30 if quick else 600, Store(out.parent / "students"), ExactBed()
@@ -52,7 +52,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False) -
             found[str(STAGES[i])] = of_velocities(velocities(states, Windows.uniform(STEPS)), kept=cell["seed"] == 0)
         return found
 
-    rows = cells.make(out / "velocity-discrepancy.jsonl", asked, work, students.version("experiments/beds/measure.py"))
+    rows = cells.make(out / "velocity-discrepancy.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
     found = {
         "teacher": teacher,
         "teacher_flow": of_velocities(velocities(own_scale(place, ref), flow_times(place))),
