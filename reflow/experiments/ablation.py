@@ -175,6 +175,6 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], budgets: tupl
         said = "times its window's speed²" if norm == "window_speed" else "as it is"
         line_over(axes[2], [w["weight"] for w in mine], [cells.Interval(**w["less_plain"]) for w in mine], f"{density}; weight {said}", colour)
     axes[2].axhline(0.0, color="0.35", linewidth=1)
-    axes[2].set(xscale="log", xlabel="direction weight", ylabel="aligned less plain", title=f"Weight of the direction, single stage, {middle} steps")
+    axes[2].set(xscale="log", xlabel="direction weight", ylabel="aligned less plain", title=f"Weight of the direction, {middle} steps")
     axes[2].legend(frameon=False)
     save(figure, path)

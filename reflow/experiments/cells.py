@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -117,10 +116,11 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 def finish(out: Path, name: str, rows: Sequence[Row], text: str, found: dict[str, Any]) -> None:
     """Writes OUT/NAME.json (what was found, command, seeds, revision, machine, versions, processor time) and OUT/NAME.md, and prints it."""
+    seeds = sorted({row["cell"]["seed"] for row in rows if "seed" in row["cell"]})
     summary = {
         "experiment": name,
-        "command": " ".join(["reflow", *sys.argv[1:]]),
-        "seeds": sorted({row["cell"]["seed"] for row in rows if "seed" in row["cell"]}),
+        "command": f"reflow experiment {name} --bed exact --seeds {len(seeds)}",
+        "seeds": seeds,
         "revision": revision(),
         "version": rows[0]["version"] if rows else None,
         "cpu_seconds": round(sum(row.get("cpu_seconds", 0.0) for row in rows), 1),

@@ -139,5 +139,5 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], angles: tuple
                 line_over(axis, angles, each, arm, colour, marker="", style="-.")
             axis.axhline(found["undisturbed"][steps][key], color="0.35", linestyle="--", linewidth=1)
             axis.set(xlabel="angle theta; every error is 2 |v| sin(theta / 2) long", ylabel=MEASURES[key], title=f"{steps} steps")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)

@@ -22,7 +22,7 @@ from torch import Tensor
 from reflow.errors import UserError
 from reflow.experiments import cells
 from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, save
 from reflow.experiments.store import Store
@@ -57,6 +57,7 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
         "teacher": teacher,
         "teacher_flow": of_velocities(velocities(own_scale(place, ref), flow_times(place))),
         "stages": gathered(rows, teacher),
+        "untrained": {str(k): of_velocities(velocities(untrained_path(place, k, ref), Windows.uniform(STEPS)), kept=False) for k in STAGES},
     }
     draw(out / "velocity-discrepancy.png", rows, found)
     cells.finish(out, "velocity-discrepancy", rows, text(found), found)
@@ -65,6 +66,12 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
 def student_path(bed: ExactBed, spec: Student, store: Store, ref: measure.Reference, seeds: Sequence[int]) -> list[Tensor]:
     """z at the 33 times, by Euler steps of the velocity that the student has in its own window."""
     return bed.path(students.trained(spec, store, seeds), WindowSolver.from_student(spec.table(), Windows.uniform(STEPS), 1), ref.noise, ref.labels)
+
+
+def untrained_path(bed: ExactBed, windows: int, ref: measure.Reference) -> list[Tensor]:
+    """The same of the teacher itself, its output read on the chords of so many windows: what the reading does without any training."""
+    solver = WindowSolver.from_student(bed.table(Windows.uniform(windows)), Windows.uniform(STEPS), 1)
+    return bed.path(untrained(bed), solver, ref.noise, ref.labels)
 
 
 def velocities(states: list[Tensor], times: Windows) -> Tensor:
@@ -133,8 +140,16 @@ def text(found: dict[str, Any]) -> str:
     lines = []
     for line in found["stages"]:
         each = [cells.told(cells.Interval(**line[key]), 3, key == "change") for key in ("before", "after", "change")]
-        lines.append([line["density"], line["windows"], f"{line['teacher']:.3f}", *each])
-    first = cells.table(["times", "windows", "the teacher's", "before the stage", "after it", "change"], lines)
+        lines.append(
+            [
+                line["density"],
+                line["windows"],
+                f"{line['teacher']:.3f}",
+                f"{found['untrained'][str(line['windows'])]['within'][str(line['windows'])]:.3f}",
+                *each,
+            ]
+        )
+    first = cells.table(["times", "windows", "the teacher's", "the same read on chords, untrained", "before the stage", "after it", "change"], lines)
     lags = (1, 2, 4, 8, 16, 24, 31)
     lines = [
         [name, *(f"{found[key]['by_lag'][lag]:.3f}" for lag in lags)] for name, key in (("z", "teacher"), ("z / (alpha + sigma)", "teacher_flow"))
