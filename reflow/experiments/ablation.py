@@ -114,7 +114,7 @@ def by_weight(rows: list[cells.Row]) -> list[dict[str, Any]]:
     """The aligned error less the plain one, single stage, for each weight of the direction."""
     found = []
     kinds = [(r["cell"]["density"], r["cell"]["norm"], r["cell"]["weight"]) for r in rows if r["cell"]["loss"] == "aligned_v"]
-    middle = rows[0]["cell"]["steps"]  # it is asked for first
+    middle = next((r["cell"]["steps"] for r in rows if r["cell"]["weight"] != 1.0), rows[0]["cell"]["steps"])
     for density, norm, weight in sorted(set(kinds)):
         mine = cells.select(rows, arm="single", loss="aligned_v", density=density, norm=norm, weight=weight, steps=middle)
         plain = cells.select(rows, arm="single", loss="mse", density=density, steps=middle)
