@@ -135,7 +135,8 @@ class Correction(nn.Module):
         place = labels + (NULL + 1) * torch.arange(networks, device=z.device).repeat_interleave(rows)
         h = layer("enter", torch.cat([z, output], 1) if self.sees_output else z) + layer("time", features) + self.label.flatten(0, 1)[place]
         h = h + layer("second", nn.functional.silu(layer("first", nn.functional.silu(h))))
-        return layer("leave", nn.functional.silu(h))
+        # Normalised: where the exact output needs no correction, plain features die and no later stage finds them again.
+        return layer("leave", nn.functional.silu(nn.functional.layer_norm(h, h.shape[-1:])))
 
 
 def student(bed: ExactBed, correction: nn.Module) -> Model:
