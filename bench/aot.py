@@ -206,8 +206,9 @@ def faults_of(row: dict) -> list[str]:
     faults = []
     if row["spill_bytes"] and row["dtype"] != "fp64":
         faults.append(f"{where}: spills {row['spill_bytes']} bytes")
-    # Partial sums lie at any address; a kernel that reads them several times is judged where it reads them once.
-    if row["specialisation"] == "even" and row["reads_of_partial_sums"] == 1:
+    # Partial sums lie at any address: a kernel that reads them several times is judged where it reads them once, and
+    # one that reads nothing else not at all.
+    if row["specialisation"] == "even" and row["reads_of_partial_sums"] == 1 and row["tensor_accesses_of_16"]:
         small = sum(count for width, count in row["access_bytes"].items() if int(width) < WIDE)
         if small > row["small_accesses_allowed"]:
             faults.append(f"{where}: {small} accesses below 16 bytes, {row['small_accesses_allowed']} are of scalars")

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import op_cases as cases
-from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, window_chord
+from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, plans, window_chord
 
 pytestmark = pytest.mark.skipif(not cases.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton")
 COEF = (0.5, -2.0)
@@ -47,6 +47,7 @@ def test_results_are_those_of_the_dispatcher(device, monkeypatch):
     direct = {name: call() for name, call in calls(device)}
     assert len(taken) == 6 and all(taken)
     monkeypatch.setattr(dispatch, "runs_directly", lambda *a: False)
+    plans.forget()
     for name, call in calls(device):
         for one, two in zip(direct[name], call(), strict=True):
             assert torch.equal(one, two) and one.stride() == two.stride() and one.requires_grad == two.requires_grad, name

@@ -99,6 +99,14 @@ def test_loss(monkeypatch, size):
     check(meter, "aligned_v_loss, backward", tensors | {"grad": grad})
 
 
+def test_loss_of_many_samples(monkeypatch):
+    """Beyond what one program finishes the partial losses cost a launch; the operands are still read once."""
+    output, target = normal(160, 2048, dtype=torch.bfloat16), normal(160, 2048)
+    meter = Meter(monkeypatch)
+    aligned_v_loss(output, target, direction_weight=torch.ones(160), backend="triton")
+    check(meter, "aligned_v_loss, forward of many samples", {"model_output": output, "target": target})
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_step(monkeypatch, guided):
     state, output = normal(1, 16384), normal(2 if guided else 1, 16384, dtype=torch.bfloat16)
