@@ -1,0 +1,348 @@
+"""One step of AdamW and what surrounds it, in one pass over flat shards: gradient scale, average and low-precision copy."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, reference
+from .adamw_reference import BLOCK, Scalar, correction, logarithm
+
+COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def fused_adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    learning_rate: Scalar,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Scalar,
+    grad_scale: Tensor | None = None,
+    average: Tensor | None = None,
+    decay: Scalar = 0.0,
+    copy: Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101) as torch.optim.AdamW takes it, in place, with what surrounds it in a trainer.
+
+        g = grad_scale grad
+        param *= 1 - learning_rate weight_decay
+        exp_avg += (1 - beta1) (g - exp_avg);   exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
+        param -= learning_rate / c1 * exp_avg / (sqrt(exp_avg_sq) / sqrt(c2) + eps),   c = 1 - beta^step
+        average += (1 - decay) (param - average);   copy = param
+
+    Args:
+        param, exp_avg, exp_avg_sq: [N] fp32, contiguous: a flat shard of master weights and its moments.
+        grad: [N] fp16, bf16, fp32 or fp64; it is read and not changed.
+        learning_rate: float, or a one-element fp32 or fp64 tensor on the device, which a captured graph reads anew.
+        beta1, beta2, eps, weight_decay: floats.
+        step: the number of this step, from 1: an int, or a one-element tensor on the device.
+        grad_scale: None (1) or a one-element fp32 or fp64 tensor, e.g. what clips the global norm. One that is not
+            finite makes everything so.
+        average: None, or [N] fp32: an exponential moving average of the new weights.
+        decay: float, or a one-element fp32 or fp64 tensor: what the step leaves of the average.
+        copy: None, or [N] in any float dtype: the new weights, for the network.
+        backend: "auto", "triton" or "torch". strict: refuse fallbacks.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or layout, tensors that share memory, or an argument that
+            requires a gradient.
+        RuntimeError: the asked backend cannot run here.
+    """
+    written = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    _check(written, {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}, grad, average, copy)
+    _check_memory({**written, "average": average, "copy": copy, "grad": grad})
+    scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
+    settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
+    operands = (param, grad, exp_avg, exp_avg_sq, average, copy, *scalars)
+    if dispatch.runs_directly("fused_adamw", backend, strict, *operands):
+        _run(*operands, *settings)
+        _written(param, exp_avg, exp_avg_sq, average, copy)
+    else:
+        torch.ops.reflow_kernels.fused_adamw(*operands, *settings)
+
+
+def fused_adamw8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    *,
+    learning_rate: Scalar,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Scalar,
+    grad_scale: Tensor | None = None,
+    average: Tensor | None = None,
+    decay: Scalar = 0.0,
+    copy: Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+) -> None:
+    """:func:`fused_adamw` with moments of 8 bits a value (arXiv 2110.02861), in the layout of bitsandbytes.
+
+    A moment is qmap[state] * absmax of its block of 256. The step is taken with the new moments in full precision, which
+    are then rounded to the nearest entries of their maps, the lower one where two are equally near.
+
+    Args:
+        state1, state2: [N] uint8, contiguous. absmax1, absmax2: [ceil(N / 256)] fp32.
+        qmap1, qmap2: [256] fp32, ascending: ``reference.dynamic_map(True)`` and ``(False)``, on the device.
+        The others are those of :func:`fused_adamw`.
+
+    Raises:
+        As :func:`fused_adamw`.
+    """
+    written = {"param": param, "state1": state1, "state2": state2}
+    _check(written, {"state1": torch.uint8, "state2": torch.uint8}, grad, average, copy)
+    scales, maps = {"absmax1": absmax1, "absmax2": absmax2}, {"qmap1": qmap1, "qmap2": qmap2}
+    for name, value in {**scales, **maps}.items():
+        _flat(name, value, param, (torch.float32,), BLOCK if name in maps else -(-param.numel() // BLOCK))
+    _check_memory({**written, **scales, "average": average, "copy": copy, "grad": grad})
+    scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
+    settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
+    operands = (param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy, *scalars)
+    if dispatch.runs_directly("fused_adamw8bit", backend, strict, *operands):
+        _run8bit(*operands, *settings)
+        _written(param, state1, state2, absmax1, absmax2, average, copy)
+    else:
+        torch.ops.reflow_kernels.fused_adamw8bit(*operands, *settings)
+
+
+def _written(*tensors: Tensor | None) -> None:
+    torch.autograd.graph.increment_version(tuple(t for t in tensors if t is not None))
+
+
+def _check(
+    written: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    grad: Tensor,
+    average: Tensor | None,
+    copy: Tensor | None,
+) -> None:
+    param = written["param"]
+    size = param.numel() if isinstance(param, Tensor) else 0
+    for name, value in written.items():
+        _flat(name, value, param, (dtypes.get(name, torch.float32),), size)
+    _flat("grad", grad, param, checks.FLOATS, size)
+    if average is not None:
+        _flat("average", average, param, (torch.float32,), size)
+    if copy is not None:
+        _flat("copy", copy, param, checks.FLOATS, size)
+
+
+def _flat(name: str, value: object, param: Tensor, dtypes: tuple[torch.dtype, ...], size: int) -> None:
+    """A contiguous [size] on param's device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor [{size}].")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {checks._names(dtypes)}.")
+    if value.dim() != 1 or value.shape[0] != size:
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected [{size}], flat: pass {name}.view(-1).")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} has stride {value.stride(0)}; expected 1, a contiguous shard.")
+    if value.device != param.device:
+        raise ValueError(f"{name} is on {value.device}; expected {param.device}, the device of param.")
+    checks.no_grad(name, value, "an optimizer's step has none")
+
+
+def _check_memory(named: dict[str, Tensor | None]) -> None:
+    """Refuse tensors that share memory: each but ``grad`` is written, and by no other program is it to be read."""
+    if torch.compiler.is_compiling() or any(t is not None and type(t) not in dispatch._PLAIN for t in named.values()):
+        return
+    places = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in named.items()
+        if tensor is not None and tensor.numel()
+    )
+    for (_, end, one), (begin, _, other) in zip(places, places[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{one} and {other} share memory; give each a buffer of its own.")
+
+
+def _scalars(
+    param: Tensor, grad_scale: Tensor | None, learning_rate: Scalar, step: Scalar, decay: Scalar
+) -> tuple[tuple[Tensor | None, ...], tuple[float, float, float]]:
+    """(those on the device: grad_scale, learning_rate, step, decay; the last three as floats, where they are given so)."""
+    if grad_scale is not None and not isinstance(grad_scale, Tensor):
+        raise TypeError(f"grad_scale is a {type(grad_scale).__name__}; expected None or a one-element tensor.")
+    device: list[Tensor | None] = []
+    host: list[float] = []
+    for name, value in (("grad_scale", grad_scale), ("learning_rate", learning_rate), ("step", step), ("decay", decay)):
+        if isinstance(value, Tensor):
+            dtypes = COUNTS if name == "step" else checks.PRECISE
+            if value.dtype not in dtypes:
+                raise TypeError(f"{name} has dtype {value.dtype}; expected {checks._names(dtypes)}.")
+            if value.numel() != 1:
+                raise ValueError(f"{name} has shape {list(value.shape)}; expected one element.")
+            checks.same_device(name, value, param, "param")
+            checks.no_grad(name, value, "an optimizer's step has none")
+            device.append(value.reshape(()))
+            host.append(1.0)
+        elif value is None or isinstance(value, numbers.Real):
+            device.append(None)
+            host.append(1.0 if value is None else float(value))
+        else:
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a one-element tensor.")
+    if host[2] < 1:
+        raise ValueError(f"step is {host[2]:g}; expected the number of this step, from 1.")
+    return tuple(device), (host[1], host[2], host[3])
+
+
+def _run(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    average: Tensor | None,
+    copy: Tensor | None,
+    grad_scale: Tensor | None,
+    learning_rate: Tensor | None,
+    step: Tensor | None,
+    decay: Tensor | None,
+    rate: float,
+    number: float,
+    keep: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+    strict: bool,
+) -> None:
+    chosen = dispatch.select("fused_adamw", param.device, backend, strict)
+    if not param.numel():
+        return
+    if chosen == "triton":
+        kernels = dispatch.triton_module("adamw")
+        plain = kernels.Numbers(*_numbers(rate, number, keep, beta1, beta2, eps, weight_decay))
+        scalars = kernels.Scalars(grad_scale, learning_rate, step, decay)
+        kernels.adamw(param, grad, exp_avg, exp_avg_sq, average, copy, scalars, plain)
+        return
+    reference.fused_adamw(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        learning_rate=rate if learning_rate is None else learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=number if step is None else step,
+        grad_scale=grad_scale,
+        average=average,
+        decay=keep if decay is None else decay,
+        copy=copy,
+    )
+
+
+_adamw = torch.library.custom_op(
+    "reflow_kernels::fused_adamw", _run, mutates_args=("param", "exp_avg", "exp_avg_sq", "average", "copy")
+)
+
+
+@_adamw.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+def _run8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    qmap1: Tensor,
+    qmap2: Tensor,
+    average: Tensor | None,
+    copy: Tensor | None,
+    grad_scale: Tensor | None,
+    learning_rate: Tensor | None,
+    step: Tensor | None,
+    decay: Tensor | None,
+    rate: float,
+    number: float,
+    keep: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+    strict: bool,
+) -> None:
+    chosen = dispatch.select("fused_adamw8bit", param.device, backend, strict)
+    if not param.numel():
+        return
+    states = (state1, state2, absmax1, absmax2, qmap1, qmap2)
+    if chosen == "triton":
+        kernels = dispatch.triton_module("adamw")
+        plain = kernels.Numbers(*_numbers(rate, number, keep, beta1, beta2, eps, weight_decay))
+        scalars = kernels.Scalars(grad_scale, learning_rate, step, decay)
+        kernels.adamw8bit(param, grad, states, average, copy, scalars, plain)
+        return
+    reference.fused_adamw8bit(
+        param,
+        grad,
+        *states,
+        learning_rate=rate if learning_rate is None else learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=number if step is None else step,
+        grad_scale=grad_scale,
+        average=average,
+        decay=keep if decay is None else decay,
+        copy=copy,
+    )
+
+
+_adamw8bit = torch.library.custom_op(
+    "reflow_kernels::fused_adamw8bit",
+    _run8bit,
+    mutates_args=("param", "state1", "state2", "absmax1", "absmax2", "average", "copy"),
+)
+
+
+@_adamw8bit.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+def _numbers(
+    rate: float, number: float, keep: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[float, ...]:
+    """The kernels' numbers, each computed in fp64 as PyTorch computes it."""
+    root2 = math.sqrt(correction(beta2, number))
+    return (
+        rate,
+        1 - rate * weight_decay,
+        weight_decay,
+        float(correction(beta1, number)),
+        root2,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        1 - keep,
+        logarithm(beta1),
+        logarithm(beta2),
+    )
