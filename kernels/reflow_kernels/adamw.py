@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,12 +66,8 @@ def fused_adamw(
     _check_memory({**written, "average": average, "copy": copy, "grad": grad})
     scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
     settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
-    operands = (param, grad, exp_avg, exp_avg_sq, average, copy, *scalars)
-    if dispatch.runs_directly("fused_adamw", backend, strict, *operands):
-        _run(*operands, *settings)
-        _written(param, exp_avg, exp_avg_sq, average, copy)
-    else:
-        torch.ops.reflow_kernels.fused_adamw(*operands, *settings)
+    rest = (grad, exp_avg, exp_avg_sq, average, copy, *scalars)
+    _call("fused_adamw", _run, param, rest, settings, (param, exp_avg, exp_avg_sq, average, copy))
 
 
 def fused_adamw8bit(
@@ -117,16 +114,25 @@ def fused_adamw8bit(
     _check_memory({**written, **scales, "average": average, "copy": copy, "grad": grad})
     scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
     settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
-    operands = (param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy, *scalars)
-    if dispatch.runs_directly("fused_adamw8bit", backend, strict, *operands):
-        _run8bit(*operands, *settings)
-        _written(param, state1, state2, absmax1, absmax2, average, copy)
+    rest = (grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy, *scalars)
+    written8bit = (param, state1, state2, absmax1, absmax2, average, copy)
+    _call("fused_adamw8bit", _run8bit, param, rest, settings, written8bit)
+
+
+def _call(
+    op: str,
+    run: Callable[..., None],
+    param: Tensor,
+    rest: tuple[Tensor | None, ...],
+    settings: tuple[Any, ...],
+    written: tuple[Tensor | None, ...],
+) -> None:
+    """Start the kernels directly where nothing wants to see the op, else through torch.library."""
+    if dispatch.runs_directly(op, *settings[-2:], param, *rest):
+        run(param, *rest, *settings)
+        torch.autograd.graph.increment_version(tuple(t for t in written if t is not None))
     else:
-        torch.ops.reflow_kernels.fused_adamw8bit(*operands, *settings)
-
-
-def _written(*tensors: Tensor | None) -> None:
-    torch.autograd.graph.increment_version(tuple(t for t in tensors if t is not None))
+        getattr(torch.ops.reflow_kernels, op)(param, *rest, *settings)
 
 
 def _check(

@@ -119,8 +119,9 @@ def fused_adamw8bit(
 def correction(beta: float, step: Scalar) -> Scalar:
     """1 - beta^step without cancellation where the step is on the device."""
     if not isinstance(step, Tensor):
-        return 1 - beta**step
-    return -torch.expm1(step.double() * logarithm(beta))
+        return 1 - float(beta) ** step
+    fallen: Tensor = -torch.expm1(step.double() * logarithm(beta))
+    return fallen
 
 
 def logarithm(beta: float) -> float:
