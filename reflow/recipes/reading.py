@@ -36,6 +36,9 @@ FREE_KEYS = {
     "model.attention": "the same attention, by another kernel",
 }
 
+# Optimizers that take the same step and store it under the same names, in fp32: one may go on where the other stopped.
+SAME_STEP = {"adamw", "fused_adamw"}
+
 TOLD = 5  # mistakes that one refusal names
 
 
@@ -168,7 +171,7 @@ def check_memory(recipe: Recipe, where: str) -> None:
     """Refuse ways to save memory that exclude each other."""
     train, teacher = recipe.train, recipe.teacher
     if train.offload and train.optimizer != "adamw":
-        raise UserError(f"{where}: train.offload = true keeps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
+        raise UserError(f"{where}: train.offload = true keeps and steps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
                         f"offloaded. Write optimizer = 'adamw', or 'paged_adamw8bit' with offload = false.")
     if train.offload and not train.zero_stage:
         raise UserError(f"{where}: train.offload = true is DeepSpeed's ZeRO offload and train.zero_stage is 0; write zero_stage = 1, 2 or 3.")
@@ -271,12 +274,16 @@ def toml_value(value: Any) -> str:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Algorithm keys that differ between two recipes, as 'section.key: old -> new'."""
-    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in differing(old, new).items() if k not in FREE_KEYS]
+    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in differing(old, new).items() if not is_free(k, a, b)]
 
 
 def free_changes(old: Recipe, new: Recipe) -> dict[str, str]:
-    """The keys of FREE_KEYS that differ between two recipes, with 'old -> new'."""
-    return {k: f"{toml_value(a)} -> {toml_value(b)}" for k, (a, b) in differing(old, new).items() if k in FREE_KEYS}
+    """The keys that differ between two recipes and may, with 'old -> new'."""
+    return {k: f"{toml_value(a)} -> {toml_value(b)}" for k, (a, b) in differing(old, new).items() if is_free(k, a, b)}
+
+
+def is_free(key: str, old: Any, new: Any) -> bool:
+    return key in FREE_KEYS or (key == "train.optimizer" and {old, new} <= SAME_STEP)
 
 
 def differing(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

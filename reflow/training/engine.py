@@ -23,6 +23,7 @@ from reflow.recipes.sections import Train
 from reflow.training import folding, meeting, optimizers, shards
 from reflow.training.fused import FusedAdamW, clip_scale
 from reflow.training.shards import Piece, Shards
+from reflow_kernels import reference
 
 
 def load_deepspeed() -> Any:
@@ -171,6 +172,8 @@ class Engine:
             self.engine.clip_fp32_gradients = self._clip
         # The optimizer that takes clip, average and copy along in its own pass.
         self.tail = self.base if isinstance(self.base, FusedAdamW) else None
+        if self.tail is not None:
+            self.tail.state.clear()  # the bf16 wrapper has made states by a step over zero gradients, which would count
         if self.tail is not None and not self.plain:
             folding.fold(self.optimizer, self.tail, self.stage, self.engine.device)
 
@@ -300,7 +303,7 @@ class Engine:
                 stored.restore(shard, self.masters, self._states())
                 how = "same layout"
             else:
-                again = stored.convert(self.pieces, self.masters, self._states(), shards.blockwise)
+                again = stored.convert(self.pieces, self.masters, self._states(), shards.blockwise if self.tail is None else reference.quantize)
                 how = "other layout, 8-bit moments rounded again" if again else "other layout"
             self._refresh()
         return how

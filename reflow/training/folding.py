@@ -1,7 +1,8 @@
 """What DeepSpeed does around an optimizer's step and reflow.training.fused can do in its pass: methods of its instance that are replaced.
 
-Folded are the clip (8 bytes a master: a read and a write of every fp32 gradient) at ZeRO 0 in bf16 and at 1 to 3, and at ZeRO 3 the cast of gradients to
-fp32 and the copy of the new weights. What DeepSpeed's `step` does in its own body stays: see README.md, "One pass". An optimizer that lacks a method keeps its own way.
+Folded are the clip (a read and a write of every fp32 gradient), at ZeRO 1 to 3 the fp64 copy of the gradients whose norm is taken, at ZeRO 1 and 2 the search
+for elements that are not finite, and at ZeRO 3 the cast of gradients to fp32 and the copy of the new weights. What DeepSpeed's `step` does in its own body stays: README.md, "One pass", has its bytes. An optimizer that
+lacks a method keeps its own way, and the pass is told nothing then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ def fold(optimizer: Any, tail: FusedAdamW, stage: int, device: torch.device) -> 
     """Let `tail`, which DeepSpeed's `optimizer` of this ZeRO stage steps, do what it can in its pass."""
     if hasattr(optimizer, "unscale_and_clip_grads"):
         clip_in_pass(optimizer, tail, stage, device)
+    if hasattr(optimizer, "get_grad_norm_direct"):
+        norm_in_one_read(optimizer)
+    if stage in (1, 2) and getattr(optimizer, "compute_grad_norm", False) and hasattr(optimizer, "has_overflow"):
+        # The norm is not finite where a gradient is not, and DeepSpeed drops the step for that too: a second look is left out.
+        optimizer.has_overflow = lambda *_, **__: False
     if stage == 3:
         copy_in_pass(optimizer, tail)
         cast_in_pass(optimizer, tail)
@@ -40,6 +46,21 @@ def clip_in_pass(optimizer: Any, tail: FusedAdamW, stage: int, device: torch.dev
         optimizer.unscale_and_clip_grads = lambda _, total_norm: scale(total_norm)
     else:
         optimizer.unscale_and_clip_grads = scale
+
+
+def norm_in_one_read(optimizer: Any) -> None:
+    """DeepSpeed's own sum over parameters and ranks, of norms instead of the gradients, which it would copy to fp64 first."""
+    original = optimizer.get_grad_norm_direct
+
+    def of_norms(gradients: Any, params: Any, norm_type: float = 2) -> Any:
+        if norm_type != 2:
+            return original(gradients, params, norm_type)
+        parts = list(gradients)
+        real = [g for g in parts if not getattr(g, "_zero_padding", False)]
+        norms = iter(torch._foreach_norm(real, 2, dtype=torch.float32) if real else ())
+        return original([g if getattr(g, "_zero_padding", False) else next(norms).view(1) for g in parts], params, norm_type)
+
+    optimizer.get_grad_norm_direct = of_norms
 
 
 def copy_in_pass(optimizer: Any, tail: FusedAdamW) -> None:
