@@ -171,7 +171,7 @@ def check_memory(recipe: Recipe, where: str) -> None:
     """Refuse ways to save memory that exclude each other."""
     train, teacher = recipe.train, recipe.teacher
     if train.offload and train.optimizer != "adamw":
-        raise UserError(f"{where}: train.offload = true keeps and steps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
+        raise UserError(f"{where}: train.offload = true keeps the states of AdamW on the CPU; train.optimizer = '{train.optimizer}' cannot be "
                         f"offloaded. Write optimizer = 'adamw', or 'paged_adamw8bit' with offload = false.")
     if train.offload and not train.zero_stage:
         raise UserError(f"{where}: train.offload = true is DeepSpeed's ZeRO offload and train.zero_stage is 0; write zero_stage = 1, 2 or 3.")
