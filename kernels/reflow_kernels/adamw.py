@@ -1,4 +1,4 @@
-"""One step of AdamW and what surrounds it, in one pass over flat shards: gradient scale, average and low-precision copy."""
+"""One step of AdamW in one pass over flat shards, with the gradient's scale, the weights' average and their copy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fused_adamw(
     backend: str = "auto",
     strict: bool = False,
 ) -> None:
-    """One step of AdamW (arXiv 1711.05101) as torch.optim.AdamW takes it, in place, with what surrounds it in a trainer.
+    """One step of AdamW (arXiv 1711.05101) as torch.optim.AdamW takes it, in place, and what a trainer does around it.
 
         g = grad_scale grad
         param *= 1 - learning_rate weight_decay
@@ -95,8 +95,8 @@ def fused_adamw8bit(
 ) -> None:
     """:func:`fused_adamw` with moments of 8 bits a value (arXiv 2110.02861), in the layout of bitsandbytes.
 
-    A moment is qmap[state] * absmax of its block of 256. The step is taken with the new moments in full precision, which
-    are then rounded to the nearest entries of their maps, the lower one where two are equally near.
+    A moment is qmap[state] * absmax of its block of 256. The step is taken with the new moments in full precision,
+    which are then rounded to the nearest entries of their maps, the lower one where two are equally near.
 
     Args:
         state1, state2: [N] uint8, contiguous. absmax1, absmax2: [ceil(N / 256)] fp32.
@@ -185,7 +185,7 @@ def _check_memory(named: dict[str, Tensor | None]) -> None:
 def _scalars(
     param: Tensor, grad_scale: Tensor | None, learning_rate: Scalar, step: Scalar, decay: Scalar
 ) -> tuple[tuple[Tensor | None, ...], tuple[float, float, float]]:
-    """(those on the device: grad_scale, learning_rate, step, decay; the last three as floats, where they are given so)."""
+    """(grad_scale, learning_rate, step and decay where they are tensors; the last three as floats where they are so)."""
     if grad_scale is not None and not isinstance(grad_scale, Tensor):
         raise TypeError(f"grad_scale is a {type(grad_scale).__name__}; expected None or a one-element tensor.")
     device: list[Tensor | None] = []

@@ -1,4 +1,4 @@
-"""Triton kernels of :func:`reflow_kernels.fused_adamw` and its 8-bit form: every state is read once and written once."""
+"""Triton kernels of :func:`reflow_kernels.fused_adamw` and its 8-bit form: each state is read and written once."""
 
 from __future__ import annotations
 

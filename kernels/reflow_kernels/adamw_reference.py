@@ -91,8 +91,8 @@ def fused_adamw8bit(
 ) -> None:
     """The same with moments of 8 bits a value (arXiv 2110.02861), in the layout of bitsandbytes.
 
-    A moment is qmap[state] * absmax of its block of 256. The step is taken with the new moments in full precision, which
-    are then rounded to the nearest entries of their maps.
+    A moment is qmap[state] * absmax of its block of 256. The step is taken with the new moments in full precision,
+    which are then rounded to the nearest entries of their maps.
     """
     moments = [dequantize(*args).to(param.dtype) for args in ((state1, absmax1, qmap1), (state2, absmax2, qmap2))]
     fused_adamw(
@@ -119,7 +119,8 @@ def fused_adamw8bit(
 def correction(beta: float, step: Scalar) -> Scalar:
     """1 - beta^step without cancellation where the step is on the device."""
     if not isinstance(step, Tensor):
-        return 1 - float(beta) ** step
+        left: float = beta**step
+        return 1 - left
     fallen: Tensor = -torch.expm1(step.double() * logarithm(beta))
     return fallen
 
