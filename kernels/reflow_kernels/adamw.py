@@ -127,12 +127,23 @@ def _call(
     settings: tuple[Any, ...],
     written: tuple[Tensor | None, ...],
 ) -> None:
-    """Start the kernels directly where nothing wants to see the op, else through torch.library."""
-    if dispatch.runs_directly(op, *settings[-2:], param, *rest):
+    """Run the step directly where nothing wants to see the op, else through torch.library.
+
+    On a CPU too, where a small network has many small parameters and the dispatcher takes longer than their step.
+    """
+    if dispatch.runs_directly(op, *settings[-2:], param, *rest) or _unseen(param, *rest):
         run(param, *rest, *settings)
         torch.autograd.graph.increment_version(tuple(t for t in written if t is not None))
     else:
         getattr(torch.ops.reflow_kernels, op)(param, *rest, *settings)
+
+
+def _unseen(*tensors: Tensor | None) -> bool:
+    """Whether these are plain CPU tensors in eager mode, which plain PyTorch serves."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    plain = all(t is None or (type(t) in dispatch._PLAIN and t.is_cpu and not t.is_neg()) for t in tensors)
+    return plain and not dispatch._modes() and dispatch._transform() is None
 
 
 def _check(

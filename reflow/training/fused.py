@@ -5,6 +5,7 @@ State names are torch's (`exp_avg`, `exp_avg_sq`, `step`) and bitsandbytes' (`st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -94,9 +95,8 @@ class FusedAdamW8bit(FusedAdamW):
         for order in (1, 2):
             state[f"state{order}"] = torch.zeros_like(master, dtype=torch.float32 if small else torch.uint8)
             if not small:
-                qmap = reference.dynamic_map(order == 1).to(master.device)
-                state[f"qmap{order}"] = qmap
-                state[f"state{order}"].fill_(int((qmap == 0).nonzero()))
+                state[f"qmap{order}"], zero = qmap_of(order == 1, master.device)
+                state[f"state{order}"].fill_(zero)
                 state[f"absmax{order}"] = torch.zeros(-(-master.numel() // BLOCK), device=master.device)
         state["step"] = 0
 
@@ -121,6 +121,13 @@ class FusedAdamW8bit(FusedAdamW):
             told = dict(state_dict["state"].get(name, {}))
             told.update(told.pop(WRAPPED, {}))
             self.state[master] = {k: v.to(master.device, copy=True) if torch.is_tensor(v) else v for k, v in told.items()}
+
+
+@functools.cache
+def qmap_of(signed: bool, device: torch.device) -> tuple[torch.Tensor, int]:
+    """(the map [256] of the first, signed, or second moment, which all parameters of a device share; the code of 0)."""
+    values = reference.dynamic_map(signed)
+    return values.to(device), int((values == 0).nonzero())
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
