@@ -12,7 +12,7 @@ from . import launch
 from .adamw_reference import BLOCK as SHARE
 from .tiles import divide, lerp, load, square_root, store
 
-ROWS = 4  # blocks of 8-bit states a program handles
+CHUNK = 1024  # elements a program handles, 8 a lane; half of both where they lie at any address, which takes registers
 
 
 class Numbers(NamedTuple):
@@ -162,16 +162,12 @@ def _adamw_kernel(
 def _nearest(qmap, b_share):
     """The entry of an ascending map of 256 that is nearest to each value, the lower one where two are equally near."""
     b_place = tl.zeros_like(b_share).to(tl.int32)
-    b_low = tl.zeros_like(b_share) + tl.load(qmap)
-    b_high = tl.full(b_share.shape, float("inf"), tl.float32)
     for bit in tl.static_range(8):
         b_probe = b_place + (128 >> bit)
-        b_value = tl.load(qmap + b_probe)
-        b_above = b_value <= b_share
-        b_place = tl.where(b_above, b_probe, b_place)
-        b_low = tl.where(b_above, b_value, b_low)
-        b_high = tl.where(b_above, b_high, b_value)
-    return tl.where(b_share > (b_low + b_high) * 0.5, b_place + 1, b_place)
+        b_place = tl.where(tl.load(qmap + b_probe) <= b_share, b_probe, b_place)
+    b_next = tl.minimum(b_place + 1, 255)
+    b_middle = (tl.load(qmap + b_place) + tl.load(qmap + b_next)) * 0.5
+    return tl.where(b_share > b_middle, b_next, b_place)
 
 
 @triton.jit
@@ -257,10 +253,25 @@ def _adamw8bit_kernel(
         logarithm1,
         logarithm2,
     )
-    _pack(b_first, state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN)
-    _pack(b_second, state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN)
     store(param, o_n, b_param, m_n, EVEN)
     _finish(b_param, average, copy, decay, average_weight, o_n, m_n, EVEN)
+    _pack(b_first, state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN)
+    _pack(b_second, state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN)
+
+
+def _block(*tensors: Tensor | None) -> int:
+    """Elements a program handles, by whether Triton can tell that each of its 16-byte accesses is whole."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    whole = given[0].numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in given)
+    return CHUNK if whole else CHUNK // 2
+
+
+def _least(size: int) -> int:
+    return max(128, launch.power_of_two(size))
+
+
+def _warps(block: int) -> int:
+    return min(max(CHUNK // (8 * launch._LANES), 1), max(block // (4 * launch._LANES), 1))
 
 
 def adamw(
@@ -274,13 +285,12 @@ def adamw(
     numbers: Numbers,
 ) -> None:
     """One launch over flat tensors [N]."""
-    size = param.numel()
-    blocks = launch.elementwise(size)
+    size, block = param.numel(), min(_block(param, grad, exp_avg, exp_avg_sq, average, copy), _least(param.numel()))
     launch.start(
         _adamw_kernel,
-        blocks.tiles,
+        -(-size // block),
         param.device,
-        blocks.warps,
+        _warps(block),
         param,
         grad,
         exp_avg,
@@ -290,8 +300,8 @@ def adamw(
         *scalars,
         size,
         *numbers,
-        BLOCK=blocks.block,
-        EVEN=blocks.even,
+        BLOCK=block,
+        EVEN=size % block == 0,
     )
 
 
@@ -305,12 +315,12 @@ def adamw8bit(
     numbers: Numbers,
 ) -> None:
     """One launch; ``states`` are state1, state2, absmax1, absmax2, qmap1 and qmap2."""
-    size, block = param.numel(), ROWS * SHARE
+    size, block = param.numel(), _block(param, grad, *states[:2], average, copy)
     launch.start(
         _adamw8bit_kernel,
         -(-size // block),
         param.device,
-        max(block // (8 * launch._LANES), 1),
+        _warps(block),
         param,
         grad,
         *states[:2],
