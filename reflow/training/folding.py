@@ -1,8 +1,8 @@
 """What DeepSpeed does around an optimizer's step and reflow.training.fused can do in its pass: methods of its instance that are replaced.
 
 Folded are the clip (a read and a write of every fp32 gradient), at ZeRO 1 to 3 the fp64 copy of the gradients whose norm is taken, at ZeRO 1 and 2 the search
-for elements that are not finite, and at ZeRO 3 the cast of gradients to fp32 and the copy of the new weights. What DeepSpeed's `step` does in its own body stays: README.md, "One pass", has its bytes. An optimizer that
-lacks a method keeps its own way, and the pass is told nothing then.
+for elements that are not finite, and at ZeRO 3 the cast of gradients to fp32 and the copy of the new weights. What DeepSpeed's `step` does in its own body
+stays: README.md, "One pass", has its bytes. An optimizer that lacks a method keeps its own way, and the pass is told nothing then.
 """
 
 from __future__ import annotations
