@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, dispatch, reference
 from .adamw_reference import BLOCK, Scalar, correction, logarithm
 
+SCALARS = ("grad_scale", "learning_rate", "step", "decay")
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -63,8 +64,10 @@ def fused_adamw(
     """
     written = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     _check(written, {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}, grad, average, copy)
-    _check_memory({**written, "average": average, "copy": copy, "grad": grad})
     scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
+    _check_memory(
+        {**written, "average": average, "copy": copy}, {"grad": grad, **dict(zip(SCALARS, scalars, strict=True))}
+    )
     settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
     rest = (grad, exp_avg, exp_avg_sq, average, copy, *scalars)
     _call("fused_adamw", _run, param, rest, settings, (param, exp_avg, exp_avg_sq, average, copy))
@@ -111,8 +114,9 @@ def fused_adamw8bit(
     scales, maps = {"absmax1": absmax1, "absmax2": absmax2}, {"qmap1": qmap1, "qmap2": qmap2}
     for name, value in {**scales, **maps}.items():
         _flat(name, value, param, (torch.float32,), BLOCK if name in maps else -(-param.numel() // BLOCK))
-    _check_memory({**written, **scales, "average": average, "copy": copy, "grad": grad})
     scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
+    read = {"grad": grad, **maps, **dict(zip(SCALARS, scalars, strict=True))}
+    _check_memory({**written, **scales, "average": average, "copy": copy}, read)
     settings = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay), backend, strict)
     rest = (grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy, *scalars)
     written8bit = (param, state1, state2, absmax1, absmax2, average, copy)
@@ -179,17 +183,21 @@ def _flat(name: str, value: object, param: Tensor, dtypes: tuple[torch.dtype, ..
     checks.no_grad(name, value, "an optimizer's step has none")
 
 
-def _check_memory(named: dict[str, Tensor | None]) -> None:
-    """Refuse tensors that share memory: each but ``grad`` is written, and by no other program is it to be read."""
-    if torch.compiler.is_compiling() or any(t is not None and type(t) not in dispatch._PLAIN for t in named.values()):
+def _check_memory(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """Refuse what is written where another program of the kernel still reads or writes."""
+    named = [*written.items(), *read.items()]
+    if torch.compiler.is_compiling() or any(t is not None and type(t) not in dispatch._PLAIN for _, t in named):
         return
-    places = sorted(
+    places = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
-        for name, tensor in named.items()
+        for name, tensor in named
         if tensor is not None and tensor.numel()
-    )
-    for (_, end, one), (begin, _, other) in zip(places, places[1:], strict=False):
-        if begin < end:
+    ]
+    ours = sorted(place for place in places if place[2] in written)
+    pairs = list(zip(ours, ours[1:], strict=False))
+    pairs += [(place, other) for other in places if other[2] in read for place in ours]
+    for (begin, end, one), (first, last, other) in pairs:
+        if begin < last and first < end:
             raise ValueError(f"{one} and {other} share memory; give each a buffer of its own.")
 
 
@@ -201,7 +209,7 @@ def _scalars(
         raise TypeError(f"grad_scale is a {type(grad_scale).__name__}; expected None or a one-element tensor.")
     device: list[Tensor | None] = []
     host: list[float] = []
-    for name, value in (("grad_scale", grad_scale), ("learning_rate", learning_rate), ("step", step), ("decay", decay)):
+    for name, value in zip(SCALARS, (grad_scale, learning_rate, step, decay), strict=True):
         if isinstance(value, Tensor):
             dtypes = COUNTS if name == "step" else checks.PRECISE
             if value.dtype not in dtypes:

@@ -180,6 +180,7 @@ def shared(call, one, other, by=0):
     (lambda c: c.update(average=c["param"]), ValueError, "share memory"),
     (lambda c: shared(c, "exp_avg", "exp_avg_sq", 299), ValueError, "exp_avg and exp_avg_sq share memory"),
     (lambda c: shared(c, "param", "grad"), ValueError, "share memory; give each a buffer of its own"),
+    (lambda c: c.update(grad_scale=c["average"][7]), ValueError, "average and grad_scale share memory"),
     (lambda c: c.update(step=0), ValueError, "step is 0; expected the number of this step, from 1"),
     (lambda c: c.update(grad_scale=0.5), TypeError, "grad_scale is a float; expected None or a one-element tensor"),
     (lambda c: c.update(grad_scale=torch.ones(2, device=c["param"].device)), ValueError, "grad_scale has shape [2]; expected one element"),
