@@ -2,7 +2,7 @@
 
 Parameters have the shapes of the digits, SD1.5 and SDXL networks (from their configs, on the meta device) and are fp32
 masters, as in mixed-precision training. Cases: each part alone, and the whole tail as plain PyTorch writes it, with the
-fused optimizer and one flat lerp, with 8-bit states, as Apex does (one fused step over a flat shard), and in one pass
+fused optimizer and one flat lerp, with 8-bit states, Apex-style (one fused step over one flat shard), and in one pass
 (reflow_kernels.fused_adamw) over a flat shard, as ZeRO 1 to 3 hold it, or a launch a parameter, as ZeRO 0 does. Each row
 has the bytes that its own peer must move, and their roofline.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -34,11 +33,10 @@ LESS = {
     "optimizer": {"adamw8bit": 16, "one pass 8-bit": 16},
     "tail": {"8-bit + flat lerp": 40, "one pass": 40, "one pass by parameter": 40, "one pass 8-bit": 28},
 }
-APEX = ("adamw apex",)
 PASSES = ("one pass", "one pass by parameter", "one pass 8-bit")
 PEERS = {
     "clip": ("loop", "foreach"),
-    "optimizer": ("adamw foreach", "adamw fused", "adamw fused, flat", *APEX, "adamw8bit", *PASSES),
+    "optimizer": ("adamw foreach", "adamw fused", "adamw fused, flat", "adamw8bit", *PASSES),
     "ema": ("loop", "foreach", "foreach lerp", "flat lerp"),
     "tail": ("foreach + EMA loop", "fused + flat lerp", "fused, flat + flat lerp", "8-bit + flat lerp", *PASSES),
 }
@@ -114,10 +112,6 @@ class Masters:
         if kind in PASSES:
             settings = {**ADAM, "params": self.parameters if kind.endswith("parameter") else [self.whole()]}
             return (FusedAdamW8bit if kind.endswith("8-bit") else FusedAdamW)(**settings)
-        if kind == "adamw apex":
-            from apex.optimizers import FusedAdam
-
-            return FusedAdam(self.parameters, adam_w_mode=True, **ADAM)
         if kind == "adamw fused, flat":
             return torch.optim.AdamW([self.whole()], fused=True, **ADAM)
         if kind == "adamw8bit":
@@ -220,12 +214,12 @@ def _tried(work: Callable[[Masters], Callable[[], None]], trial: Callable[[], Ma
 
 
 def _absent(name: str) -> str:
-    needed = "apex" if name in APEX else "bitsandbytes" if "8" in name and name not in PASSES else ""
+    if "8" not in name or name in PASSES:
+        return ""
     try:
-        if needed:
-            importlib.import_module(needed)
+        import bitsandbytes  # noqa: F401
     except Exception as error:  # noqa: BLE001 - a wheel that does not fit the GPU fails in its own ways
-        return f"{needed} cannot be imported ({type(error).__name__})"
+        return f"bitsandbytes cannot be imported ({type(error).__name__})"
     return ""
 
 

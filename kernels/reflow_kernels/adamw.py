@@ -204,7 +204,7 @@ def _check_memory(written: dict[str, Tensor | None], read: dict[str, Tensor | No
 def _scalars(
     param: Tensor, grad_scale: Tensor | None, learning_rate: Scalar, step: Scalar, decay: Scalar
 ) -> tuple[tuple[Tensor | None, ...], tuple[float, float, float]]:
-    """(grad_scale, learning_rate, step and decay where they are tensors; the last three as floats where they are so)."""
+    """(grad_scale, learning_rate, step and decay where they are tensors; the last three where they are numbers)."""
     if grad_scale is not None and not isinstance(grad_scale, Tensor):
         raise TypeError(f"grad_scale is a {type(grad_scale).__name__}; expected None or a one-element tensor.")
     device: list[Tensor | None] = []
