@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from reflow_kernels import (
+    adamw_kernels,
     aligned_v_finish_kernels,
     aligned_v_kernels,
     chord_kernels,
@@ -20,7 +21,7 @@ from reflow_kernels import (
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8: "*u8"}
 
 # Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither; and no mask with
 # tensors that start anywhere.
@@ -29,6 +30,8 @@ SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71), "un
 HUGE = {"even": (4, 2048, 1024), "masked": (4, 2048, 1020), "ragged": (3, 1001, 999), "unaligned": (4, 2048, 1024)}
 VIDEO = {"even": (16, 2048, 1024), "masked": (16, 2048, 1020), "ragged": (15, 1001, 999), "unaligned": (16, 2048, 1024)}
 LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101), "unaligned": (4, 128, 128)}
+# Elements of an optimizer's flat shard.
+FLAT = {"even": 4096, "masked": 4080, "ragged": 4001, "unaligned": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ def recorded(dtype: torch.dtype, specialisation: str, lanes: int) -> list[Launch
         _run_many(SHAPES[specialisation], dtype)
         if specialisation == "even":
             _run_far(SHAPES[specialisation], dtype)
+        _run_optimizer(FLAT[specialisation], dtype, offset=specialisation == "unaligned")
     return list(dict.fromkeys(launches))
 
 
@@ -81,6 +85,8 @@ def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) ->
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible += [position] if value.data_ptr() % 16 == 0 and name not in anywhere else []
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible += [position] if value % 16 == 0 and name not in plain else []
@@ -150,3 +156,26 @@ def _run_far(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     chord_kernels.chord(state, state, values, values, *chord, True)
     for rescale in (None, values):
         guidance_kernels.combine(doubled, values, rescale, far(2, dtype), True)
+
+
+def _run_optimizer(size: int, dtype: torch.dtype, offset: bool) -> None:
+    """Gradients and copies in ``dtype``, states in fp32 or 8 bits; scalars from the host, and all of them on the device."""
+
+    def empty(count: int = size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(count + 16, dtype=dtype)[1 if offset else 0 :][:count]
+
+    one, shares = torch.ones(()), -(-size // adamw_kernels.SHARE)
+    numbers = adamw_kernels.Numbers(*[0.5] * len(adamw_kernels.Numbers._fields))
+    param, grad, *moments = empty(), empty(dtype=dtype), empty(), empty()
+    states = (
+        *(empty(dtype=torch.uint8) for _ in range(2)),
+        empty(shares),
+        empty(shares),
+        torch.empty(256),
+        torch.empty(256),
+    )
+    full = empty(), empty(dtype=dtype), adamw_kernels.Scalars(one, one, one, one)
+    bare = None, None, adamw_kernels.Scalars(None, None, None, None)
+    for rest in (full, bare):
+        adamw_kernels.adamw(param, grad, *moments, *rest, numbers)
+        adamw_kernels.adamw8bit(param, grad, states, *rest, numbers)

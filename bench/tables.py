@@ -211,7 +211,8 @@ def tail(rows: Rows, device: str = "cuda") -> str:
     lines = ["| part | peer | ms | roofline ms |", "|---|---|---|---|"]
     for row in found:
         shown = "-" if row["median_us"] is None else f"{row['median_us'] / 1e3:.2f}"
-        roof = "-" if row["roofline_us"] is None else f"{row['roofline_us'] / 1e3:.2f}"
+        own = row.get("own_roofline_us") or row["roofline_us"]  # of the bytes that this peer must move
+        roof = "-" if own is None else f"{own / 1e3:.2f}"
         lines.append(f"| {row['case']} | {row['peer']} | {shown} | {roof} |")
     return "\n".join(lines)
 

@@ -56,7 +56,7 @@ def dtype(name: str, value: object) -> None:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return ", ".join(names[:-1]) + " or " + names[-1]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _hint(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:

@@ -21,7 +21,7 @@ logger = logging.getLogger("reflow_kernels")
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT = "REFLOW_KERNELS_BACKEND"
-OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine")
+OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine", "fused_adamw", "fused_adamw8bit")
 MINIMUM_CAPABILITY = (7, 0)
 
 _defaults: dict[str, Any] = {"backend": "auto", "strict": False}

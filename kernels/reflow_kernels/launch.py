@@ -64,7 +64,8 @@ def _blocks(size: int, block: int, warps: int) -> Blocks:
 class Launch:
     """One kernel, with all that does not change between calls of one signature (see :mod:`.plans`).
 
-    numbers: the sizes and strides that follow the pointers among the kernel's arguments; constants by name follow them.
+    numbers: the sizes and strides that follow the operands among the kernel's arguments; constants by name follow them.
+    Operands are pointers, and numbers that change from call to call.
     """
 
     def __init__(self, kernel: Any, programs: int, warps: int, numbers: tuple[int, ...], **constants: Any):
@@ -74,26 +75,26 @@ class Launch:
         names = kernel.arg_names
         self._fixed = (*numbers, *(constants[name] for name in names[len(names) - len(constants) :]))
 
-    def __call__(self, *pointers: Tensor | None) -> None:
+    def __call__(self, *operands: Any) -> None:
         if self._compiled is not None:
-            self._compiled(*pointers, *self._fixed)
+            self._compiled(*operands, *self._fixed)
             return
         start = self.kernel[(self.programs,)]
         # Contraction to FMA is off, so every Triton version rounds alike.
-        handle = start(*pointers, *self.numbers, num_warps=self.warps, enable_fp_fusion=False, **self.constants)
+        handle = start(*operands, *self.numbers, num_warps=self.warps, enable_fp_fusion=False, **self.constants)
         # The JIT looks a kernel up for longer than a launch takes. The interpreter has none; HIP goes by buffer sizes.
         if handle is not None and not torch.version.hip:
             self._compiled = handle[(self.programs, 1, 1)]
 
 
-def start(launch: Launch, *pointers: Tensor | None) -> None:
+def start(launch: Launch, *operands: Any) -> None:
     """The one place that starts a kernel, on the tensors' own device."""
-    device = pointers[0].device  # type: ignore[union-attr]  # the first is never optional
+    device = operands[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(*pointers)
+            launch(*operands)
     else:
-        launch(*pointers)
+        launch(*operands)
 
 
 def stride(values: Tensor | None) -> int:

@@ -29,19 +29,22 @@ def signature(op: str, given: tuple[Any, ...], *options: object) -> Signature | 
     """The signature of a call with these arguments, or None where it has none."""
     if torch.compiler.is_compiling() or dispatch.watched():
         return None
-    key: list[Any] = [op, options, os.environ.get(dispatch.ENVIRONMENT), torch.is_grad_enabled()]
+    return op, options, os.environ.get(dispatch.ENVIRONMENT), torch.is_grad_enabled(), *kinds(*given)
+
+
+def kinds(*given: Any) -> list[Any]:
+    """What of each value decides how a kernel is compiled and started, and who asks for a gradient."""
+    found: list[Any] = []
     plain = dispatch.PLAIN
     for value in given:
         kind = type(value)
         if kind in plain:
             # Kernels and their blocks are chosen by alignment.
             flags = (value.requires_grad, value.is_neg(), value.data_ptr() % 16 == 0)
-            key += value.shape, value.stride(), value.dtype, value.device, flags
-        elif isinstance(value, Tensor):
-            return None
+            found += value.shape, value.stride(), value.dtype, value.device, flags
         else:
-            key.append(kind)
-    return tuple(key)
+            found.append(kind)
+    return found
 
 
 def find(key: Signature | None) -> Plan | None:
@@ -49,8 +52,8 @@ def find(key: Signature | None) -> Plan | None:
 
 
 def keep(key: Signature | None, plan: Plan) -> Plan:
-    """``plan``, which later calls of this signature find."""
-    if key is not None:
+    """``plan``, which later calls of this signature find; a subclass of tensor may behave in ways of its own."""
+    if key is not None and not any(isinstance(kind, type) and issubclass(kind, Tensor) for kind in key):
         if len(_plans) >= KEPT:
             _plans.clear()
         _plans[key] = plan

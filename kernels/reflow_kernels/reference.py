@@ -12,6 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .adamw_reference import dynamic_map, fused_adamw, fused_adamw8bit, quantize
+
+__all__ = [
+    "AlignedVLoss",
+    "aligned_v_loss",
+    "aligned_v_loss_backward",
+    "cfg_combine",
+    "dynamic_map",
+    "fused_adamw",
+    "fused_adamw8bit",
+    "guided_step",
+    "quantize",
+    "window_chord",
+]
+
 PerSample = Tensor | float
 
 

@@ -34,7 +34,7 @@ class Op:
         results: int,
         mutates: tuple[str, ...] = (),
     ):
-        self.run = run
+        self.name, self.run = name, run
         schema = _schema(operands, results, mutates)
         self.definition = torch.library.custom_op(
             f"reflow_kernels::{name}", lambda *given: run(operands(*given)), mutates_args=mutates, schema=schema
@@ -49,7 +49,7 @@ class Op:
 def _schema(operands: type[Any], results: int, mutates: tuple[str, ...]) -> str:
     fields = []
     for number, (name, kind) in enumerate(typing.get_type_hints(operands).items()):
-        mark = f"(a{number}!)" if name in mutates else ""
-        fields.append(f"{_TYPES[kind]}{mark} {name}")
+        written = f"Tensor(a{number}!)" if name in mutates else "Tensor"
+        fields.append(f"{_TYPES[kind].replace('Tensor', written)} {name}")
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     return f"({', '.join(fields)}) -> {returned}"

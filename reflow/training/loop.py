@@ -101,7 +101,7 @@ class Loop:
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
         merged = Merged(flow, source, self.networks) if flow.merger else None
-        ema, meter, clock = Ema(engine.masters), Meter(len(flow.parts), self.device), Clock(self.device)
+        ema, meter, clock = Ema(engine.masters, engine.tail), Meter(len(flow.parts), self.device), Clock(self.device)
         step, pace = 0, Rate()
         if resume is not None:
             say(f"stage {index + 1}: reading the checkpoint {resume}")
@@ -119,14 +119,16 @@ class Loop:
             done = step * train.batch_size
             rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
             rate = optimizers.learning_rate(train.learning_rate, train.schedule, train.warmup, total, done, train.batch_size)
+            keep = decay(train.ema_half_life, train.ema_warmup, done, train.batch_size)
             if merged:
                 merged.follow(engine, ema)
+            ema.ride(keep)
             for samples in rows:
                 with clock.part("data" if stage.stored and not merged else "teacher"):
                     solved = (merged or source)(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
                 if not self.micro_step(engine, flow, solved, samples, rate, meter, clock, step):
                     skipped.append(step)
-            ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
+            ema.update(keep)
             step, done = step + 1, done + train.batch_size
             bar.advance(train.batch_size)
             pace.add(train.batch_size)
