@@ -202,8 +202,12 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 class _Direct(torch.autograd.Function):
     """The same two functions as autograd's own, for calls that need no dispatcher."""
 
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # With a setup_context of its own every call would look up this function's signature.
+        output = _run(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_parts: Any, grad_stats: Any) -> tuple[Tensor | None, ...]:
