@@ -52,8 +52,8 @@ def select(op: str, device: torch.device, backend: str = "auto", strict: bool = 
 
 def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether a call may run without torch.library's dispatcher, which takes the CPU longer than a kernel's launch and,
-    on a small batch, than the reference's arithmetic: plain tensors in eager mode, on a GPU with Triton or on a CPU, and
-    no mode or transform that wants to see the op.
+    on a small batch, than the reference's arithmetic: plain tensors in eager mode, on a GPU with Triton or on a CPU,
+    and no mode or transform that wants to see the op.
     """
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, without a type
     if torch.compiler.is_compiling() or tracing or _modes() or _transform() is not None:

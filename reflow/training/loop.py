@@ -147,8 +147,9 @@ class Loop:
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
                     validation.run(engine.state(ema.average), before, done, self.networks.averaged, last)
-            leave, due = self.signals.agree()
-            if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
+            planned = crossed(done, recipe.checkpoint.every, train.batch_size)
+            leave, due = self.signals.after_step(last or planned)
+            if not last and (leave or due or planned):
                 self.refuse_damaged(engine, ema, index, step)
                 with pace.pause():
                     path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
