@@ -7,6 +7,7 @@ samples in 4 DDIM steps, takes one AdamW step on the chord's velocity and writes
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(done: str) -> None:
-    import importlib.util
-
-    pipe = DiffusionPipeline.from_pretrained(ROOT / "reflow" / "models" / "digits_base")
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "reflow" / "models" / "weights" / "digits")
     student, teacher = copy.deepcopy(pipe.unet).train(), pipe.unet.eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     sklearn = importlib.util.find_spec("sklearn").submodule_search_locations[0]
@@ -31,12 +30,11 @@ def main(done: str) -> None:
     with torch.no_grad():
         parts = [pipe.vae.encode(part).latent_dist.mean for part in pixels.split(256)]
         latents = torch.cat(parts)[:128] * pipe.vae.config.scaling_factor
-        hidden = pipe.encode_prompt([f"the number {int(n)}" for n in table[:128, -1]], "cpu", 1, False)
-        added = None
-        if len(hidden) == 4:  # SDXL's kind
-            ids = torch.tensor([[16, 16, 0, 0, 16, 16]]).float().repeat(128, 1)
-            added = {"text_embeds": hidden[2], "time_ids": ids}
-        hidden, abar = hidden[0], pipe.scheduler.alphas_cumprod
+        captions = [f"the number {int(n)}" for n in table[:128, -1]]
+        hidden, _, pooled, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+        ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).repeat(128, 1)
+        added = {"text_embeds": pooled, "time_ids": ids}
+        abar = pipe.scheduler.alphas_cumprod
         start = torch.randint(1, 9, (128,)) * 125 - 1
         column = [1, 1, 1]
         z = abar[start].sqrt().view(-1, *column) * latents
@@ -48,7 +46,7 @@ def main(done: str) -> None:
             z, at = b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps, to
         target = (z - z_start) / -0.125
     for half in (slice(0, 64), slice(64, 128)):
-        rows = None if added is None else {name: value[half] for name, value in added.items()}
+        rows = {name: value[half] for name, value in added.items()}
         output = student(z_start[half], start[half], hidden[half], added_cond_kwargs=rows).sample
         torch.nn.functional.mse_loss(output, target[half]).backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
