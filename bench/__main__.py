@@ -17,6 +17,8 @@ COMMANDS = {
     "launches": ("bench.launches", "kernel launches and host syncs of the ops"),
     "step": ("bench.step", "a training step in parts and as a whole against the published-style loop"),
     "host": ("bench.host", "host time of a call of an op, with the launch itself replaced by nothing; no GPU needed"),
+    "student": ("bench.student", "the student's half of a step against the published-style loop's, call by call"),
+    "startup": ("bench.startup", "seconds from a command to its first step, against plain diffusers"),
     "sample": ("bench.sample", "seconds an image at 1 to 32 steps"),
     "aot": ("bench.aot", "compile every kernel for NVIDIA and AMD targets, no GPU needed"),
     "report": ("bench.report", "write the README's blocks of numbers from bench/results/"),

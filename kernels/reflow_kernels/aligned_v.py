@@ -121,7 +121,8 @@ def _plan(
     tensors = [value for value in (sample, *coefs.values()) if isinstance(value, Tensor)]
     direct = dispatch.runs_directly("aligned_v_loss", backend, strict, model_output, target, *tensors)
     operands = [value for value in (model_output, target, sample) if value is not None]
-    kept = direct and model_output.numel() > 0 and layout.shared_order(*operands) is not None
+    triton = direct and dispatch.select("aligned_v_loss", model_output.device, backend, strict) == "triton"
+    kept = triton and model_output.numel() > 0 and layout.shared_order(*operands) is not None
     grad = model_output.requires_grad and torch.is_grad_enabled()
     return _Call(direct, kept, grad, reference.accumulate_dtype(*operands), (float(eps), backend, strict))
 

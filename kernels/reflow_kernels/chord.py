@@ -94,7 +94,8 @@ def _plan(
     tensors = [value for value in (tau, dt) if isinstance(value, Tensor)]
     direct = dispatch.runs_directly("window_chord", backend, strict, z_start, z_end, *tensors)
     dtype = input_dtype or z_start.dtype
-    if direct and 0 not in (*leading, *z_start.shape):
+    triton = direct and dispatch.select("window_chord", z_start.device, backend, strict) == "triton"
+    if triton and 0 not in (*leading, *z_start.shape):
         order = layout.shared_order(z_start, z_end)
         if order is not None:
             return _Direct(leading, z_start, order, dtype)

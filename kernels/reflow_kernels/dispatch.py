@@ -59,15 +59,16 @@ def watched() -> bool:
 
 
 def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a call may start its Triton kernels without torch.library's dispatcher, which takes the CPU longer than
-    the launch: plain tensors in eager mode, and no mode or transform that wants to see the op.
+    """Whether a call may run without torch.library's dispatcher, which takes the CPU longer than a kernel's launch and,
+    on a small batch, than the reference's arithmetic: plain tensors in eager mode, on a GPU with Triton or on a CPU,
+    and no mode or transform that wants to see the op.
     """
     if torch.compiler.is_compiling() or watched():
         return False
     # The dispatcher writes out a view that stands for its negative, as the imaginary part of a conjugate does.
     if any(type(value) not in PLAIN or value.is_neg() for value in (leading, *others) if value is not None):
         return False
-    return select(op, leading.device, backend, strict) == "triton"
+    return select(op, leading.device, backend, strict) == "triton" or leading.device.type == "cpu"
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -65,7 +65,8 @@ def _plan(
         checks.per_sample("rescale", rescale, model_output, batch)
     tensors = [value for value in (guidance_scale, rescale) if isinstance(value, Tensor)]
     direct = dispatch.runs_directly("cfg_combine", backend, strict, model_output, *tensors)
-    if direct and model_output.numel():
+    triton = direct and dispatch.select("cfg_combine", model_output.device, backend, strict) == "triton"
+    if triton and model_output.numel():
         order = layout.shared_order(model_output)
         if order is not None:
             return _Direct(layout.Room((batch,), model_output, order))

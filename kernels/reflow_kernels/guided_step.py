@@ -118,9 +118,10 @@ def _plan(
     coefs = (state_coef, output_coef, guidance_scale, input_scale)
     tensors = [value for value in (*coefs, out, input_out) if isinstance(value, Tensor)]
     direct = dispatch.runs_directly("guided_step", backend, strict, state, model_output, *tensors)
+    triton = direct and dispatch.select("guided_step", state.device, backend, strict) == "triton" and state.numel() > 0
     first = input_out if out is None else out
     if first is None:
-        order = layout.shared_order(model_output, state) if direct and state.numel() else None
+        order = layout.shared_order(model_output, state) if triton else None
         if order is None:
             return _Checked(direct, None, dtype, (backend, strict))
         results = _rooms(state, rows, order, dtype)
@@ -131,7 +132,7 @@ def _plan(
             f"input_out has strides {input_out.stride()}; expected the sample order of out, {first.stride()}."
         )
     results = _rooms(state, rows, order, dtype)
-    if direct and state.numel() and layout.shared_order(first, state, model_output) is not None:
+    if triton and layout.shared_order(first, state, model_output) is not None:
         return _Direct(True, results)
     return _Checked(direct, results, dtype, (backend, strict))
 

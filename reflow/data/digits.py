@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pathlib
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from reflow.errors import UserError
 
 RESOLUTION = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,13 +27,15 @@ TEMPLATES = (
 
 @lru_cache(maxsize=1)
 def _scans() -> tuple[torch.Tensor, torch.Tensor]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 8 - 1
+    # Its file as `sklearn.datasets.load_digits` reads it: importing scikit-learn, and pandas with it, takes longer than all else here.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("The digits come with scikit-learn, which is not installed; install it with 'pip install scikit-learn'.")
+    table = np.loadtxt(pathlib.Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), delimiter=",")
+    small = torch.from_numpy(table[:, :-1]).view(-1, 1, 8, 8).to(torch.float32) / 8 - 1
     # Bicubic overshoots at strokes; the clamp keeps the range of the scans.
     pixels = F.interpolate(small, size=(RESOLUTION, RESOLUTION), mode="bicubic", align_corners=False).clamp_(-1, 1)
-    return pixels, torch.from_numpy(bunch.target).to(torch.long)
+    return pixels, torch.from_numpy(table[:, -1]).to(torch.long)
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:

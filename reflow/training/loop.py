@@ -26,7 +26,7 @@ from reflow.training.merged import Merged
 from reflow.training.pairs import PairStore, reuse
 from reflow.training.progress import Progress, Rate, say
 from reflow.training.signals import LEFT_EARLY, Signals
-from reflow.training.solves import Solved, Solver, usable
+from reflow.training.solves import Solved, Solver, kept, known_good, usable
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
 from reflow.weights.delta import student_metadata
@@ -149,8 +149,9 @@ class Loop:
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
                     validation.run(engine.state(ema.average), before, done, self.networks.averaged, last)
-            leave, due = self.signals.agree()
-            if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
+            planned = crossed(done, recipe.checkpoint.every, train.batch_size)
+            leave, due = self.signals.after_step(last or planned)
+            if not last and (leave or due or planned):
                 self.refuse_damaged(engine, ema, index, step)
                 with pace.pause():
                     path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
@@ -193,11 +194,15 @@ class Loop:
             good, solved = solved.finite()
             z_start, z_end = solved.z_start, solved.z_end
             points = targets.points(z_start, z_end, solved.window, draws.view(-1, chords, 2), table, recipe.objective, input_dtype=self.dtype)
-            copies = torch.arange(len(good), device=self.device).repeat(chords)
-            conditioning = solved.conditioning.select(copies).to(self.device, self.dtype)
+            conditioning = solved.conditioning
+            if chords > 1:
+                copies = torch.arange(len(good), device=self.device).repeat(chords)
+                good, conditioning = good[copies], conditioning.select(copies)
+            conditioning = conditioning.to(self.device, self.dtype)
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
-            good = good[copies] & usable(output.detach())
-            output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
+            good = good & usable(output.detach())
+            if not known_good(good):
+                output = kept(output, good)
             weight = good.float() if flow.merger is None else good * flow.merger.weight[points.window]
             result = targets.loss(output, points, table, recipe.objective, weight=weight)
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)

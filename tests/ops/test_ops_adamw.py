@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 import op_cases as cases
-from reflow_kernels import adamw, dispatch, fused_adamw, fused_adamw8bit, reference
+from reflow_kernels import dispatch, fused_adamw, fused_adamw8bit, reference
 
 SIZES = (0, 1, 63, 255, 256, 257, 1000, 1024, 1025, 2048, 4099)
 SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -246,7 +246,7 @@ def test_a_direct_call_gives_the_dispatchers_results(device, monkeypatch, backen
     taken, plain = [], dispatch.runs_directly
     monkeypatch.setattr(dispatch, "runs_directly", lambda *a: taken.append(plain(*a)) or taken[-1])
     moved, direct = results()
-    assert taken == [backend == "triton"] * 2
+    assert taken == [backend == "triton" or device.type == "cpu"] * 2
     monkeypatch.setattr(dispatch, "runs_directly", lambda *a: False)
     again, through = results()
     assert moved == again == {"param", "exp_avg", "exp_avg_sq", "average", "copy"}
