@@ -31,8 +31,14 @@ def _scans() -> tuple[torch.Tensor, torch.Tensor]:
     package = importlib.util.find_spec("sklearn")
     if package is None or not package.submodule_search_locations:
         raise UserError("The digits come with scikit-learn, which is not installed; install it with 'pip install scikit-learn'.")
-    table = np.loadtxt(pathlib.Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), delimiter=",")
-    small = torch.from_numpy(table[:, :-1]).view(-1, 1, 8, 8).to(torch.float32) / 8 - 1
+    file = pathlib.Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if file.exists():
+        table = np.loadtxt(file, delimiter=",")
+    else:  # a version that keeps it elsewhere
+        from sklearn.datasets import load_digits
+
+        table = np.column_stack(load_digits(return_X_y=True))
+    small = torch.from_numpy(table[:, :-1].copy()).view(-1, 1, 8, 8).to(torch.float32) / 8 - 1
     # Bicubic overshoots at strokes; the clamp keeps the range of the scans.
     pixels = F.interpolate(small, size=(RESOLUTION, RESOLUTION), mode="bicubic", align_corners=False).clamp_(-1, 1)
     return pixels, torch.from_numpy(table[:, -1]).to(torch.long)
