@@ -18,6 +18,7 @@ from reflow_kernels import (
     guided_step_kernels,
     launch,
     layout,
+    plans,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -67,10 +68,12 @@ def _recording(launches: list[Launch], lanes: int) -> Iterator[None]:
         describe(one.kernel, one.warps, (*pointers, *one.numbers), one.constants)
     )
     launch._LANES = lanes
+    plans.forget()  # those of another target's warps
     try:
         yield
     finally:
         launch.start, launch._LANES = start, before
+        plans.forget()
 
 
 def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) -> Launch:

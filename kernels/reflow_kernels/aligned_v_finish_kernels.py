@@ -222,13 +222,13 @@ def finish_launch(
     size: int, tiles: int, batch: int, strides: tuple[int, int], eps: float, dtype: torch.dtype
 ) -> launch.Launch:
     """One program for up to 128 samples; the batch is in no constant, so that no size of it compiles anew."""
-    most = launch.CHUNK // 2  # partial sums of a kind that registers hold
+    most = launch.CHUNK // 4  # partial sums of a kind that registers hold
     chunk = min(launch.power_of_two(tiles), most)
     samples = min(SAMPLES, most // chunk)
     return launch.Launch(
         _finish_kernel,
         -(-batch // samples),
-        16 if tiles > chunk else 8 if chunk > 1 else 4,  # or registers do not suffice
+        16 if tiles > chunk else 4,  # several reads keep more in registers
         (size, tiles, -(-tiles // chunk), batch, *strides),
         EPS=eps,
         ACC=accumulator(dtype),
