@@ -34,7 +34,8 @@ _AMD_ACCESS = re.compile(
     r"\b(?:global|buffer|flat)_(load|store)_(dwordx4|dwordx3|dwordx2|dword|u?short\w*|s?byte\w*|ubyte\w*|b\d+|u16|u8)"
 )
 _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b128": 16, "b96": 12, "b64": 8, "b32": 4}
-_BITS = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+_BITS = {"i8": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+_ACCESS = r"(?:tt\.(?:load|store)|amdg?\w*\.buffer_(?:load|store))"
 
 _tasks: list = []
 
@@ -153,13 +154,13 @@ def _variant(item) -> str:
 
 
 def _expected(ttgir: str, block: int | None, threads: int) -> tuple[int, int]:
-    """(small accesses: of scalars and partial sums, 16-byte accesses: of operand tiles) that one thread must make."""
-    lines = [
-        line for line in ttgir.splitlines() if re.search(r"\b(tt\.(load|store)|amdg?\w*\.buffer_(load|store))\b", line)
-    ]
+    """(small accesses: of scalars, partial sums, tables and codes, 16-byte accesses: of operand tiles) that one thread
+    must make."""
+    lines = [line for line in ttgir.splitlines() if re.search(rf"\b{_ACCESS}\b", line)]
     small = wide = 0
+    tables = _of_tables(ttgir)
     for line in lines:
-        match = re.search(r"tensor<([\dx]+)x(?:!tt\.ptr<(\w+)>|(f16|bf16|f32|f64))", line)
+        match = re.search(r"tensor<([\dx]+)x(?:!tt\.ptr<(\w+)>|(i8|f16|bf16|f32|f64))", line)
         if match is None:
             small += 1
             continue
@@ -167,11 +168,28 @@ def _expected(ttgir: str, block: int | None, threads: int) -> tuple[int, int]:
         for size in match[1].split("x"):
             elements *= int(size)
         size = _BITS[match[2] or match[3]] // 8
-        if elements == block:
+        if line in tables:
+            small += elements // threads
+        elif elements == block and elements * size // threads < WIDE and size == 1:
+            small += 1  # codes of 8 bits: as many as there are of the wider tensors
+        elif elements == block:
             wide += max(elements * size // threads // WIDE, 1)
         else:
             small += max(elements // threads, 1)
     return small, wide
+
+
+def _of_tables(ttgir: str) -> set[str]:
+    """The lines that read an entry of a map of 8-bit states for each element: what is derived from such a pointer."""
+    derived, found = {"%qmap1", "%qmap2"}, set()
+    for line in ttgir.splitlines():
+        match = re.match(rf"\s*(%\w+) = (?:{_ACCESS}|tt\.\w+|ttg\.\w+)\s+(%\w+)", line)
+        if match and match[2] in derived:
+            if re.search(rf"\b{_ACCESS}\b", line):
+                found.add(line)
+            else:
+                derived.add(match[1])
+    return found
 
 
 def _nvidia(ptx: str, cubin: bytes) -> dict:
@@ -206,8 +224,9 @@ def faults_of(row: dict) -> list[str]:
     faults = []
     if row["spill_bytes"] and row["dtype"] != "fp64":
         faults.append(f"{where}: spills {row['spill_bytes']} bytes")
-    # Partial sums lie at any address; a kernel that reads them several times is judged where it reads them once.
-    if row["specialisation"] == "even" and row["reads_of_partial_sums"] == 1:
+    # Partial sums lie at any address: a kernel that reads them several times is judged where it reads them once, and
+    # one that reads nothing else not at all.
+    if row["specialisation"] == "even" and row["reads_of_partial_sums"] == 1 and row["tensor_accesses_of_16"]:
         small = sum(count for width, count in row["access_bytes"].items() if int(width) < WIDE)
         if small > row["small_accesses_allowed"]:
             faults.append(f"{where}: {small} accesses below 16 bytes, {row['small_accesses_allowed']} are of scalars")

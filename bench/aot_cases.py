@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 
-from reflow_kernels import aligned_v_kernels, chord_kernels, guidance_kernels, guided_step_kernels, launch, layout
+from reflow_kernels import (
+    adamw_kernels,
+    aligned_v_finish_kernels,
+    aligned_v_kernels,
+    chord_kernels,
+    guidance_kernels,
+    guided_step_kernels,
+    launch,
+    layout,
+    plans,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8: "*u8"}
 
 # Sample shapes that lead to each specialisation: no mask; a mask with sizes divisible by 16; neither; and no mask with
 # tensors that start anywhere.
@@ -21,6 +31,8 @@ SHAPES = {"even": (4, 64, 64), "masked": (4, 60, 60), "ragged": (3, 69, 71), "un
 HUGE = {"even": (4, 2048, 1024), "masked": (4, 2048, 1020), "ragged": (3, 1001, 999), "unaligned": (4, 2048, 1024)}
 VIDEO = {"even": (16, 2048, 1024), "masked": (16, 2048, 1020), "ragged": (15, 1001, 999), "unaligned": (16, 2048, 1024)}
 LARGE = {"even": (4, 128, 128), "masked": (4, 120, 120), "ragged": (3, 99, 101), "unaligned": (4, 128, 128)}
+# Elements of an optimizer's flat shard.
+FLAT = {"even": 4096, "masked": 4080, "ragged": 4001, "unaligned": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +54,26 @@ def recorded(dtype: torch.dtype, specialisation: str, lanes: int) -> list[Launch
     with _recording(launches, lanes):
         for shape in (sizes[specialisation] for sizes in (SHAPES, LARGE, HUGE, VIDEO)):
             _run_all(shape, dtype, offset=specialisation == "unaligned")
+        _run_many(SHAPES[specialisation], dtype)
+        if specialisation == "even":
+            _run_far(SHAPES[specialisation], dtype)
+        _run_optimizer(FLAT[specialisation], dtype, offset=specialisation == "unaligned")
     return list(dict.fromkeys(launches))
 
 
 @contextlib.contextmanager
 def _recording(launches: list[Launch], lanes: int) -> Iterator[None]:
     start, before = launch.start, launch._LANES
-    launch.start = lambda kernel, programs, device, warps, *args, **constants: launches.append(
-        describe(kernel, warps, args, constants)
+    launch.start = lambda one, *pointers: launches.append(
+        describe(one.kernel, one.warps, (*pointers, *one.numbers), one.constants)
     )
     launch._LANES = lanes
+    plans.forget()  # those of another target's warps
     try:
         yield
     finally:
         launch.start, launch._LANES = start, before
+        plans.forget()
 
 
 def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) -> Launch:
@@ -63,12 +81,15 @@ def describe(kernel: Any, warps: int, args: tuple, constants: dict[str, Any]) ->
     signature, fixed, divisible = {}, dict(constants), []
     names = kernel.arg_names
     plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     for position, (name, value) in enumerate(zip(names, args, strict=False)):
         if value is None or (isinstance(value, int) and value == 1 and name not in plain):
             fixed[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-            divisible += [position] if value.data_ptr() % 16 == 0 else []
+            divisible += [position] if value.data_ptr() % 16 == 0 and name not in anywhere else []
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible += [position] if value % 16 == 0 and name not in plain else []
@@ -98,7 +119,7 @@ def _run_all(shape: tuple[int, ...], dtype: torch.dtype, offset: bool) -> None:
 
     for sample, coef, weight, target in ((state, values, values, state), (None, None, None, output)):
         aligned_v_kernels.forward(output, target, values, weight, sample, coef, coef, 1e-4, True)
-        aligned_v_kernels.backward(grad, output, target, sample, coef, coef, stats, True)
+        aligned_v_kernels.backward(grad, output, target, values, weight, sample, coef, coef, stats, True)
     for result, scale in ((doubled, values), (output, None)):
         buffers = empty(batch), empty(result.shape[0], dtype=dtype)
         guided_step_kernels.step(state, result, values, values, scale, scale, *buffers, True)
@@ -109,3 +130,55 @@ def _run_all(shape: tuple[int, ...], dtype: torch.dtype, offset: bool) -> None:
         )
     for rescale in (None, values):
         guidance_kernels.combine(doubled, values, rescale, empty(batch, dtype=dtype), True)
+
+
+def _run_many(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The loss of more samples than one program finishes."""
+    batch = aligned_v_finish_kernels.SAMPLES + 1
+    output = torch.empty(batch, *shape, dtype=dtype)
+    ones = torch.ones(batch, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    aligned_v_kernels.forward(output, output, ones, None, None, None, None, 1e-4, True)
+
+
+def _run_far(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Samples 2^31 elements apart, whose strides need 64 bits; on the meta device, which has no memory to give."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    inner = torch.empty(0, *shape).stride()[1:]
+
+    def far(rows: int, dtype: torch.dtype = wide) -> torch.Tensor:
+        return torch.empty_strided((rows, *shape), (2**31, *inner), dtype=dtype, device="meta")
+
+    values = torch.zeros(2, dtype=wide, device="meta")
+    stats = torch.zeros(aligned_v_kernels.STATS, 2, dtype=wide, device="meta")
+    output, doubled, state = far(2, dtype), far(4, dtype), far(2)
+    operands = (output, state, values, values, state, values, values)
+    aligned_v_kernels.forward(*operands, 1e-4, True)
+    aligned_v_kernels.backward(values[0], *operands, stats, True)
+    guided_step_kernels.step(state, doubled, values, values, values, values, far(2), far(4, dtype), True)
+    chord = torch.empty_like(state), torch.empty_like(state), torch.empty_like(state, dtype=dtype)
+    chord_kernels.chord(state, state, values, values, *chord, True)
+    for rescale in (None, values):
+        guidance_kernels.combine(doubled, values, rescale, far(2, dtype), True)
+
+
+def _run_optimizer(size: int, dtype: torch.dtype, offset: bool) -> None:
+    """Gradients and copies in ``dtype``, states in fp32 or 8 bits; scalars from the host, and all of them on the device."""
+
+    def empty(count: int = size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(count + 16, dtype=dtype)[1 if offset else 0 :][:count]
+
+    one, shares = torch.ones(()), -(-size // adamw_kernels.SHARE)
+    numbers = adamw_kernels.Numbers(*[0.5] * len(adamw_kernels.Numbers._fields))
+    param, grad, *moments = empty(), empty(dtype=dtype), empty(), empty()
+    states = (
+        *(empty(dtype=torch.uint8) for _ in range(2)),
+        empty(shares),
+        empty(shares),
+        torch.empty(256),
+        torch.empty(256),
+    )
+    full = empty(), empty(dtype=dtype), adamw_kernels.Scalars(one, one, one, one)
+    bare = None, None, adamw_kernels.Scalars(None, None, None, None)
+    for rest in (full, bare):
+        adamw_kernels.adamw(param, grad, *moments, *rest, numbers)
+        adamw_kernels.adamw8bit(param, grad, states, *rest, numbers)

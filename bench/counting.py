@@ -95,10 +95,11 @@ def _kernel_starts(names: Counter[str]) -> Iterator[None]:
 
     start = launch.start
 
-    def counting(kernel, *args, **constants):
+    def counting(prepared, *pointers):
+        kernel = prepared.kernel
         names[getattr(getattr(kernel, "fn", kernel), "__name__", "kernel").strip("_")] += 1
         with _disable_current_modes():  # the interpreter's own copies are no launches
-            return start(kernel, *args, **constants)
+            return start(prepared, *pointers)
 
     launch.start = counting
     try:

@@ -42,6 +42,7 @@ FIELDS: dict[str, Any] = {
     "median_us": None,
     "p20_us": None,
     "p80_us": None,
+    "host_us": None,  # of the host alone, for calls that a GPU runs later
     "rounds": None,
     "error": None,
     "deterministic": None,

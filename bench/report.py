@@ -69,7 +69,7 @@ def page(folder: pathlib.Path, rows: tables.Rows) -> None:
     for shape, dtype in dict.fromkeys((tuple(row["shape"]), row["dtype"]) for row in timed):
         title = f"Ops, microseconds, {'x'.join(map(str, shape))} {dtype}"
         sections += [(title, tables.ops(rows, shape, dtype))]
-    sections += [("Launches", tables.launches(rows))]
+    sections += [("Launches", tables.launches(rows)), ("Host time", tables.host(rows))]
     sections += [("Solver: median relative error of a window's velocity, 1 - cosine", tables.solver(rows, None))]
     sections += [("Training step", tables.step(rows)), ("Tail", tables.tail(rows, next(iter(rows.devices()))))]
     parts += [f"## {title}\n\n{body}" for title, body in sections if body]

@@ -2,7 +2,9 @@
 
 Parameters have the shapes of the digits, SD1.5 and SDXL networks (from their configs, on the meta device) and are fp32
 masters, as in mixed-precision training. Cases: each part alone, and the whole tail as plain PyTorch writes it, with the
-fused optimizer and one flat lerp, and with 8-bit states.
+fused optimizer and one flat lerp, with 8-bit states, Apex-style (one fused step over one flat shard), and in one pass
+(reflow_kernels.fused_adamw) over a flat shard, as ZeRO 1 to 3 hold it, or a launch a parameter, as ZeRO 0 does. Each row
+has the bytes that its own peer must move, and their roofline.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from bench import ops, scenes
 from bench.session import Peer, Session, add_options
+from reflow.training.fused import FusedAdamW, FusedAdamW8bit, clip_scale
 
 FAMILIES = ("sdxl", "sd15", "digits")
 ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -25,11 +28,17 @@ ALIGN = 64  # elements: every parameter starts on a multiple of it in the flat b
 TRIAL = ((5, 7), (128, 64), (129,))
 # Bytes a parameter: clip reads twice, writes once; Adam reads p, g, m, v, writes p, m, v; a lerp reads two, writes one.
 BYTES = {"clip": 12, "optimizer": 28, "ema": 12, "tail": 52}
+# Where a peer must move less: moments of 8 bits, and a tail that reads the gradient for its norm and passes once.
+LESS = {
+    "optimizer": {"adamw8bit": 16, "one pass 8-bit": 16},
+    "tail": {"8-bit + flat lerp": 40, "one pass": 40, "one pass by parameter": 40, "one pass 8-bit": 28},
+}
+PASSES = ("one pass", "one pass by parameter", "one pass 8-bit")
 PEERS = {
     "clip": ("loop", "foreach"),
-    "optimizer": ("adamw foreach", "adamw fused", "adamw8bit"),
+    "optimizer": ("adamw foreach", "adamw fused", "adamw fused, flat", "adamw8bit", *PASSES),
     "ema": ("loop", "foreach", "foreach lerp", "flat lerp"),
-    "tail": ("foreach + EMA loop", "fused + flat lerp", "8-bit + flat lerp"),
+    "tail": ("foreach + EMA loop", "fused + flat lerp", "fused, flat + flat lerp", "8-bit + flat lerp", *PASSES),
 }
 
 
@@ -51,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
             try:
                 session.measure(
                     {"case": f"{family}/{part}", "dtype": "fp32", "shape": [count]},
-                    lambda part=part, make=make: peers(part, make(), session.device),
+                    lambda part=part, make=make, count=count: peers(part, make(), count, bandwidth),
                     names,
                     modes=["plain"],
                     caches=["warm"],
@@ -100,12 +109,37 @@ class Masters:
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=foreach)
 
     def optimizer(self, kind: str) -> torch.optim.Optimizer:
+        if kind in PASSES:
+            settings = {**ADAM, "params": self.parameters if kind.endswith("parameter") else [self.whole()]}
+            return (FusedAdamW8bit if kind.endswith("8-bit") else FusedAdamW)(**settings)
+        if kind == "adamw fused, flat":
+            return torch.optim.AdamW([self.whole()], fused=True, **ADAM)
         if kind == "adamw8bit":
             import bitsandbytes
 
             return bitsandbytes.optim.AdamW8bit(self.parameters, **ADAM)
         name = kind.split()[1]
         return torch.optim.AdamW(self.parameters, **{name: True}, **ADAM)
+
+    def whole(self) -> torch.nn.Parameter:
+        """All parameters as one, with their gradients."""
+        flat = torch.nn.Parameter(self.flat)
+        flat.grad = self.flat_grad
+        return flat
+
+    def one_pass(self, kind: str) -> Callable[[], None]:
+        """The whole tail: the norm of the gradient, and one pass with its scale and the average."""
+        optimizer = self.optimizer(kind)
+        held = [master for group in optimizer.param_groups for master in group["params"]]
+        averages = [self.flat_average] if len(held) == 1 else self.average
+        optimizer.averages = {id(master): average for master, average in zip(held, averages, strict=True)}
+
+        def whole() -> None:
+            optimizer.scale = clip_scale(torch.nn.utils.get_total_norm([master.grad for master in held]), CLIP)
+            optimizer.decay = DECAY
+            optimizer.step()
+
+        return whole
 
     @torch.no_grad()
     def ema(self, kind: str) -> None:
@@ -121,18 +155,22 @@ class Masters:
             self.flat_average.lerp_(self.flat, weight)
 
 
-def peers(part: str, masters: Masters, device: torch.device) -> dict[str, Peer]:
+def peers(part: str, masters: Masters, count: int, bandwidth: float) -> dict[str, Peer]:
     """The peers of a part. They change their operands, so the gate tries them on small ones made afresh."""
-    trial = functools.partial(Masters, TRIAL, device, 1)
+    trial = functools.partial(Masters, TRIAL, masters.flat.device, 1)
     made = {}
     for name in PEERS[part]:
         work = functools.partial(_work, part, name)
         run: Callable[[], object] = _Later(functools.partial(work, masters))
         tolerance = 1e-5  # of the first step, which 8-bit states do not round yet
         why = _absent(name)
-        made[name] = Peer(
-            run, oracle(part, trial()), tolerance, trial=functools.partial(_tried, work, trial), why_absent=why
-        )
+        truth = oracle(part, trial())
+        if name in PASSES:  # which scales the gradient as it reads it
+            truth[1] = trial().flat_grad.double()
+        moved = count * LESS.get(part, {}).get(name, BYTES[part])
+        facts = {"bytes": moved, "own_roofline_us": moved / bandwidth * 1e6}
+        tried = functools.partial(_tried, work, trial)
+        made[name] = Peer(run, truth, tolerance, trial=tried, why_absent=why, facts=lambda _, facts=facts: facts)
     return made
 
 
@@ -155,7 +193,10 @@ def _work(part: str, name: str, masters: Masters) -> Callable[[], None]:
         return functools.partial(masters.ema, name)
     if part == "optimizer":
         return masters.optimizer(name).step
-    kind = {"foreach": "adamw foreach", "fused": "adamw fused", "8-bit": "adamw8bit"}[name.split()[0]]
+    if name in PASSES:
+        return masters.one_pass(name)
+    kinds = {"foreach": "adamw foreach", "fused": "adamw fused", "fused,": "adamw fused, flat", "8-bit": "adamw8bit"}
+    kind = kinds[name.split()[0]]
     optimizer, average = masters.optimizer(kind), "loop" if name.endswith("loop") else "flat lerp"
 
     def whole() -> None:
@@ -173,7 +214,7 @@ def _tried(work: Callable[[Masters], Callable[[], None]], trial: Callable[[], Ma
 
 
 def _absent(name: str) -> str:
-    if "8" not in name:
+    if "8" not in name or name in PASSES:
         return ""
     try:
         import bitsandbytes  # noqa: F401

@@ -30,11 +30,15 @@ Call = Callable[[], Any]
 
 @dataclasses.dataclass
 class Times:
-    """Microseconds a call. ``median_us`` is None where nothing was measured, and ``note`` says why."""
+    """Microseconds a call. ``median_us`` is None where nothing was measured, and ``note`` says why.
+
+    ``host_us`` is what the host took to ask for a call, of calls one after the other on a GPU; else None.
+    """
 
     median_us: float | None
     p20_us: float | None = None
     p80_us: float | None = None
+    host_us: float | None = None
     rounds: int = 0
     unstable: bool = False
     clocks: dict[str, Any] | None = None
@@ -53,6 +57,7 @@ class Stopwatch:
         self.cuda = self.device.type == "cuda"
         self.read_clock, self.clock_source = clocks.reader(self.device)
         self._flush_bytes, self._buffer = flush_bytes, None
+        self.host_us: float | None = None  # of the last calls that were timed on a GPU
 
     def time(self, call: Call, count: int, cold: bool) -> tuple[float, float | None]:
         """(microseconds a call over ``count`` calls, SM clock in MHz or None). Cold: every call is timed alone."""
@@ -71,8 +76,10 @@ class Stopwatch:
             return (time.perf_counter() - started) / count * 1e6, None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+        started = time.perf_counter()
         for _ in range(count):
             call()
+        self.host_us = (time.perf_counter() - started) / count * 1e6
         end.record()
         clock = self.read_clock()  # while the work is in flight
         end.synchronize()
@@ -134,7 +141,7 @@ def compare(
         _told(f"{name} is ready", started)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
     for attempt in range(1, ATTEMPTS + 1):  # noqa: B007 - how many it took is reported
-        samples, speeds = _rounds(calls, stopwatch, rounds, cold, deadline)
+        samples, speeds, asked = _rounds(calls, stopwatch, rounds, cold, deadline)
         drift = _drift(speeds)
         if drift <= DRIFT or time.monotonic() > deadline:
             break
@@ -144,7 +151,8 @@ def compare(
         clock = {"sm_mhz": statistics.median(seen), "drift": round(drift, 4)} if seen else {}
         clock |= {"source": stopwatch.clock_source, "attempts": attempt}
         note = "" if len(values) >= rounds else f"{len(values)} of {rounds} rounds: the budget was spent"
-        result[name] = Times(middle, low, high, len(values), drift > DRIFT, clock, note)
+        host = statistics.median(asked[name]) if asked[name] and not graph else None
+        result[name] = Times(middle, low, high, host, len(values), drift > DRIFT, clock, note)
     return {name: result[name] for name in peers}
 
 
@@ -218,8 +226,9 @@ def captured(call: Call, unroll: int = 1) -> Call:
 def _rounds(calls, stopwatch: Stopwatch, rounds: int, cold: bool, deadline: float):
     samples: dict[str, list[float]] = {name: [] for name in calls}
     speeds: dict[str, list[float]] = {name: [] for name in calls}
+    asked: dict[str, list[float]] = {name: [] for name in calls}
     if not calls:
-        return samples, speeds
+        return samples, speeds, asked
     for number in range(rounds):
         if number >= 2 and number % 2 == 0 and time.monotonic() > deadline:
             break
@@ -231,8 +240,10 @@ def _rounds(calls, stopwatch: Stopwatch, rounds: int, cold: bool, deadline: floa
             samples[name].append(microseconds / unroll)
             if clock is not None:
                 speeds[name].append(clock)
+            if getattr(stopwatch, "host_us", None) is not None:
+                asked[name].append(stopwatch.host_us)
         _told(f"round {number + 1} of at most {rounds} is done", started)
-    return samples, speeds
+    return samples, speeds, asked
 
 
 def _told(what: str, started: float) -> None:

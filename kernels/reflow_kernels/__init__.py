@@ -1,10 +1,11 @@
-"""Fused elementwise ops for few-step diffusion training. Time runs from t=1 (noise) to t=0 (data).
+"""Fused elementwise ops for few-step diffusion training and its optimizer. Time runs from t=1 (noise) to t=0 (data).
 
 Every op runs as Triton kernels on a GPU and as plain PyTorch elsewhere; ``reflow_kernels.reference`` holds the
-same four names in plain PyTorch, which is the specification.
+same names in plain PyTorch, which is the specification.
 """
 
 from . import reference
+from .adamw import fused_adamw, fused_adamw8bit
 from .aligned_v import aligned_v_loss
 from .chord import window_chord
 from .dispatch import backend_report, configure
@@ -18,6 +19,8 @@ __all__ = [
     "backend_report",
     "cfg_combine",
     "configure",
+    "fused_adamw",
+    "fused_adamw8bit",
     "guided_step",
     "reference",
     "window_chord",

@@ -6,16 +6,44 @@ a few numbers per sample are known; the forward saves these in ``stats`` [6, B] 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, layout, reference
+from . import checks, dispatch, layout, plans, reference
 from .reference import AlignedVLoss, PerSample
+from .registration import Op
 
 STATS = 6
+
+
+class Operands(NamedTuple):
+    model_output: Tensor
+    target: Tensor
+    direction_weight: Tensor
+    weight: Tensor | None
+    sample: Tensor | None
+    sample_coef: Tensor | None
+    output_coef: Tensor | None
+    eps: float
+    backend: str
+    strict: bool
+
+
+class OperandsBackward(NamedTuple):
+    grad_loss: Tensor
+    model_output: Tensor
+    target: Tensor
+    direction_weight: Tensor
+    weight: Tensor | None
+    sample: Tensor | None
+    sample_coef: Tensor | None
+    output_coef: Tensor | None
+    stats: Tensor
+    eps: float
+    backend: str
+    strict: bool
 
 
 def aligned_v_loss(
@@ -51,6 +79,26 @@ def aligned_v_loss(
         TypeError, ValueError: a wrong dtype, shape or device, or a gradient asked of another argument.
         RuntimeError: the asked backend cannot run here.
     """
+    given = (model_output, target, direction_weight, weight, sample, sample_coef, output_coef)
+    key = plans.signature("aligned_v_loss", given, eps, backend, strict)
+    plan = plans.find(key) or plans.keep(key, _plan(*given, eps, backend, strict))
+    loss, parts = plan(*given)
+    return AlignedVLoss(loss, *parts.unbind(0))
+
+
+def _plan(
+    model_output: Tensor,
+    target: Tensor,
+    direction_weight: PerSample,
+    weight: PerSample | None,
+    sample: Tensor | None,
+    sample_coef: PerSample | None,
+    output_coef: PerSample | None,
+    eps: float,
+    backend: str,
+    strict: bool,
+) -> plans.Plan:
+    """Check a call and say how calls like it run."""
     checks.tensor("model_output", model_output)
     batch = model_output.shape[0]
     for name, value in (("target", target), ("sample", sample)):
@@ -64,151 +112,143 @@ def aligned_v_loss(
         raise ValueError("sample, sample_coef and output_coef describe one conversion; give all three or none.")
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a positive float.")
-    dtype = reference.accumulate_dtype(model_output, target, sample)
-
-    def coefficient(name: str, value: PerSample | None) -> Tensor | None:
-        return None if value is None else checks.per_sample(name, value, model_output, batch, dtype)
-
-    operands = (
-        model_output,
-        target,
-        coefficient("direction_weight", direction_weight),
-        coefficient("weight", weight),
-        sample,
-        coefficient("sample_coef", sample_coef),
-        coefficient("output_coef", output_coef),
-    )
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.reflow_kernels.aligned_v_loss
-    if dispatch.runs_directly("aligned_v_loss", backend, strict, *operands):
-        run = _Direct.apply if model_output.requires_grad and torch.is_grad_enabled() else _run
-    loss, parts, _ = run(*operands, float(eps), backend, strict)
-    return AlignedVLoss(loss, *parts.detach().unbind(0))
+    checks.per_sample("direction_weight", direction_weight, model_output, batch)
+    coefs = {"direction_weight": direction_weight, "weight": weight}
+    coefs |= {"sample_coef": sample_coef, "output_coef": output_coef}
+    for name, coef in coefs.items():
+        if coef is not None:
+            checks.per_sample(name, coef, model_output, batch)
+    tensors = [value for value in (sample, *coefs.values()) if isinstance(value, Tensor)]
+    direct = dispatch.runs_directly("aligned_v_loss", backend, strict, model_output, target, *tensors)
+    operands = [value for value in (model_output, target, sample) if value is not None]
+    triton = direct and dispatch.select("aligned_v_loss", model_output.device, backend, strict) == "triton"
+    kept = triton and model_output.numel() > 0 and layout.shared_order(*operands) is not None
+    grad = model_output.requires_grad and torch.is_grad_enabled()
+    return _Call(direct, kept, grad, reference.accumulate_dtype(*operands), (float(eps), backend, strict))
 
 
-def _run(
-    model_output: Tensor,
-    target: Tensor,
-    direction_weight: Tensor,
-    weight: Tensor | None,
-    sample: Tensor | None,
-    sample_coef: Tensor | None,
-    output_coef: Tensor | None,
-    eps: float,
-    backend: str,
-    strict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class _Call:
+    """Calls of one signature: through the dispatcher, with ``direct`` around it, with ``kept`` by prepared launches."""
+
+    def __init__(self, direct: bool, kept: bool, grad: bool, dtype: torch.dtype, options: tuple[float, str, bool]):
+        self.direct, self.grad, self.dtype, self.options = direct, grad, dtype, options
+        self.kernels = dispatch.triton_module("aligned_v").Kept() if kept else None
+
+    def __call__(
+        self,
+        model_output: Tensor,
+        target: Tensor,
+        direction_weight: PerSample,
+        weight: PerSample | None,
+        sample: Tensor | None,
+        sample_coef: PerSample | None,
+        output_coef: PerSample | None,
+    ) -> tuple[Tensor, Tensor]:
+        values = (direction_weight, weight, sample_coef, output_coef)
+        direction, weight, sample_coef, output_coef = plans.fill(
+            values, model_output, model_output.shape[0], self.dtype
+        )
+        operands = (model_output, target, direction, weight, sample, sample_coef, output_coef)
+        if self.direct and self.grad:
+            loss, parts = _Direct.apply(self, *operands)  # type: ignore[no-untyped-call]
+            return loss, parts
+        if self.kernels is not None:
+            loss, parts, _ = self.kernels.forward(*operands, self.options[0])
+        else:
+            run = _LOSS.run if self.direct else _LOSS
+            loss, parts, _ = run(Operands._make((*operands, *self.options)))
+        return loss, parts.detach()
+
+
+def _run(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], parts [3, B] = mse, magnitude, cosine, stats [6, B] for the Triton gradient, zeros for PyTorch)."""
-    chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
-    if chosen == "triton" and model_output.numel():
-        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = dispatch.triton_module("aligned_v").forward
-        return run(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, strict)
-    result = reference.aligned_v_loss(
-        model_output,
-        target,
-        direction_weight=direction_weight,
-        sample=sample,
-        sample_coef=sample_coef,
-        output_coef=output_coef,
-        weight=weight,
-        eps=eps,
-    )
-    stats = result.mse.new_zeros((STATS, model_output.shape[0]))
+    if _on_triton(o):
+        results: tuple[Tensor, Tensor, Tensor] = dispatch.triton_module("aligned_v").forward(*o[:8], o.strict)
+        return results
+    result = reference.aligned_v_loss(o.model_output, o.target, eps=o.eps, **_options(o))
+    stats = result.mse.new_zeros((STATS, o.model_output.shape[0]))
     return result.loss, torch.stack(result[1:]), stats
 
 
-_forward = torch.library.custom_op("reflow_kernels::aligned_v_loss", _run, mutates_args=())
-
-
-@_forward.register_fake
-def _(
-    model_output: Tensor,
-    target: Tensor,
-    direction_weight: Tensor,
-    weight: Tensor | None,
-    sample: Tensor | None,
-    sample_coef: Tensor | None,
-    output_coef: Tensor | None,
-    eps: float,
-    backend: str,
-    strict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.accumulate_dtype(model_output, target, sample)
-    batch = model_output.shape[0]
+def _fake(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.accumulate_dtype(o.model_output, o.target, o.sample)
+    batch = o.model_output.shape[0]
     return (
-        model_output.new_empty((), dtype=dtype),
-        model_output.new_empty((3, batch), dtype=dtype),
-        model_output.new_empty((STATS, batch), dtype=dtype),
+        o.model_output.new_empty((), dtype=dtype),
+        o.model_output.new_empty((3, batch), dtype=dtype),
+        o.model_output.new_empty((STATS, batch), dtype=dtype),
     )
 
 
-def _run_backward(
-    grad_loss: Tensor,
-    model_output: Tensor,
-    target: Tensor,
-    direction_weight: Tensor,
-    weight: Tensor | None,
-    sample: Tensor | None,
-    sample_coef: Tensor | None,
-    output_coef: Tensor | None,
-    stats: Tensor,
-    eps: float,
-    backend: str,
-    strict: bool,
-) -> Tensor:
+def _run_backward(o: OperandsBackward) -> Tensor:
     """The gradient to model_output, in its dtype and sample order."""
-    chosen = dispatch.select("aligned_v_loss", model_output.device, backend, strict)
-    if chosen == "triton" and model_output.numel():
-        run: Callable[..., Tensor] = dispatch.triton_module("aligned_v").backward
-        return run(grad_loss, model_output, target, sample, sample_coef, output_coef, stats, strict)
-    grad = reference.aligned_v_loss_backward(
-        grad_loss,
-        model_output,
-        target,
-        direction_weight=direction_weight,
-        sample=sample,
-        sample_coef=sample_coef,
-        output_coef=output_coef,
-        weight=weight,
-        eps=eps,
-    )
-    return layout.settle(grad, layout.leading_order(model_output))
+    if _on_triton(o):
+        grad: Tensor = dispatch.triton_module("aligned_v").backward(*o[:9], o.strict)
+        return grad
+    grad = reference.aligned_v_loss_backward(o.grad_loss, o.model_output, o.target, eps=o.eps, **_options(o))
+    return layout.settle(grad, layout.leading_order(o.model_output))
 
 
-_backward = torch.library.custom_op("reflow_kernels::aligned_v_loss_backward", _run_backward, mutates_args=())
+def _fake_backward(o: OperandsBackward) -> Tensor:
+    return layout.empty((o.model_output.shape[0],), o.model_output, layout.leading_order(o.model_output))
 
 
-@_backward.register_fake
-def _(grad_loss: Tensor, model_output: Tensor, *rest: Any) -> Tensor:
-    return layout.empty((model_output.shape[0],), model_output, layout.leading_order(model_output))
+def _on_triton(o: Operands | OperandsBackward) -> bool:
+    device = o.model_output.device
+    return dispatch.select("aligned_v_loss", device, o.backend, o.strict) == "triton" and o.model_output.numel() > 0
+
+
+def _options(o: Operands | OperandsBackward) -> dict[str, Any]:
+    names = ("direction_weight", "sample", "sample_coef", "output_coef", "weight")
+    return {name: getattr(o, name) for name in names}
+
+
+_LOSS = Op("aligned_v_loss", Operands, _run, _fake, results=3)
+_BACKWARD = Op("aligned_v_loss_backward", OperandsBackward, _run_backward, _fake_backward, results=1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps, backend, strict = inputs
-    ctx.save_for_backward(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, output[2])
+    *tensors, eps, backend, strict = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.options = (eps, backend, strict)
     ctx.set_materialize_grads(False)  # zeros for parts and stats would be two more launches in every backward
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, grad_parts: Any, grad_stats: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (len(Operands._fields) - 1)
     if grad_loss is None:
-        return (None,) * 10
-    grad = torch.ops.reflow_kernels.aligned_v_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return (grad, *(None,) * 9)
+        return (None, *rest)
+    return (_BACKWARD(OperandsBackward(grad_loss, *ctx.saved_tensors, *ctx.options)), *rest)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_LOSS.definition.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Direct(torch.autograd.Function):
-    """The same two functions as autograd's own, for calls that need no dispatcher."""
-
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup_context)
+    """The same as autograd's own function, for calls that need no dispatcher."""
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_parts: Any, grad_stats: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: the registered op says that it has no second derivative
-            return _autograd(ctx, grad_loss, grad_parts, grad_stats)
+    def forward(ctx: Any, call: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        if call.kernels is not None:
+            loss, parts, stats = call.kernels.forward(*operands, call.options[0])
+        else:
+            loss, parts, stats = _run(Operands._make((*operands, *call.options)))
+        ctx.save_for_backward(*operands, stats)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 6  # the operands after model_output
         if grad_loss is None:
-            return (None,) * 10
-        return _run_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *(None,) * 9
+            return (None, None, *rest)
+        call, saved = ctx.call, ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the registered op says that it has no second derivative
+            grad = _BACKWARD(OperandsBackward(grad_loss, *saved, *call.options))
+        elif call.kernels is not None:
+            grad = call.kernels.backward(grad_loss, *saved)
+        else:
+            grad = _run_backward(OperandsBackward(grad_loss, *saved, *call.options))
+        return (None, grad, *rest)

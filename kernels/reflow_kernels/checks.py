@@ -31,8 +31,8 @@ def same_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
         raise ValueError(f"{name} is on {value.device}; expected {like.device}, the device of {like_name}.")
 
 
-def per_sample(name: str, value: object, like: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """A [B] tensor from a float (filled on the device) or a checked tensor."""
+def per_sample(name: str, value: object, like: Tensor, batch: int) -> None:
+    """A float, or a tensor [B]."""
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {value.dtype}; expected {_names(FLOATS)}.")
@@ -40,10 +40,8 @@ def per_sample(name: str, value: object, like: Tensor, batch: int, dtype: torch.
             raise ValueError(f"{name} has shape {list(value.shape)}; expected a float or a tensor [{batch}].")
         same_device(name, value, like, "the batch")
         no_grad(name, value)
-        return value
-    if isinstance(value, numbers.Real):
-        return torch.full((batch,), float(value), dtype=dtype, device=like.device)
-    raise TypeError(f"{name} is a {type(value).__name__}; expected a float or a tensor [{batch}].")
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a float or a tensor [{batch}].")
 
 
 def no_grad(name: str, value: Tensor, why: str = "it gets no gradient here") -> None:
@@ -58,7 +56,7 @@ def dtype(name: str, value: object) -> None:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return ", ".join(names[:-1]) + " or " + names[-1]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _hint(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:

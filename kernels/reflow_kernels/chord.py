@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, layout, reference
+from . import checks, dispatch, launch, layout, plans, reference
 from .reference import PerSample
+from .registration import Op
+
+
+class Operands(NamedTuple):
+    z_start: Tensor
+    z_end: Tensor
+    tau: Tensor
+    dt: Tensor
+    input_dtype: torch.dtype
+    backend: str
+    strict: bool
 
 
 def window_chord(
@@ -40,6 +51,27 @@ def window_chord(
         TypeError, ValueError: a wrong dtype, shape or device, dt >= 0, or an argument that requires a gradient.
         RuntimeError: the asked backend cannot run here.
     """
+    if isinstance(dt, numbers.Real) and not dt < 0:
+        raise ValueError(
+            f"dt is {dt}; expected t_end - t_start, which is negative: time runs from 1 (noise) to 0 (data)."
+        )
+    given = (z_start, z_end, tau, dt)
+    key = plans.signature("window_chord", given, input_dtype, backend, strict)
+    plan = plans.find(key) or plans.keep(key, _plan(*given, input_dtype, backend, strict))
+    results: tuple[Tensor, Tensor, Tensor] = plan(*given)
+    return results
+
+
+def _plan(
+    z_start: Tensor,
+    z_end: Tensor,
+    tau: PerSample,
+    dt: PerSample,
+    input_dtype: torch.dtype | None,
+    backend: str,
+    strict: bool,
+) -> plans.Plan:
+    """Check a call and say how calls like it run."""
     checks.tensor("z_start", z_start, checks.PRECISE)
     checks.tensor("z_end", z_end, checks.PRECISE)
     checks.dtype("input_dtype", input_dtype)
@@ -49,51 +81,71 @@ def window_chord(
         raise TypeError(f"z_end has dtype {z_end.dtype}; expected {z_start.dtype}, the dtype of z_start.")
     for name, value in (("z_start", z_start), ("z_end", z_end)):
         checks.no_grad(name, value, "window_chord has none")
-    if isinstance(dt, numbers.Real) and not dt < 0:
-        raise ValueError(
-            f"dt is {dt}; expected t_end - t_start, which is negative: time runs from 1 (noise) to 0 (data)."
-        )
     batch = z_start.shape[0]
+    leading: tuple[int, ...] = (batch,)
     if isinstance(tau, Tensor) and tau.dim() == 2:
         if tau.shape[1] != batch:
             raise ValueError(f"tau has shape {list(tau.shape)}; expected [{batch}] or [M, {batch}].")
-        checks.per_sample("tau", tau.reshape(-1), z_start, tau.numel(), z_start.dtype)
+        checks.per_sample("tau", tau.reshape(-1), z_start, tau.numel())
+        leading = tuple(tau.shape)
     else:
-        tau = checks.per_sample("tau", tau, z_start, batch, z_start.dtype)
-    dt = checks.per_sample("dt", dt, z_start, batch, z_start.dtype)
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.reflow_kernels.window_chord
-    if dispatch.runs_directly("window_chord", backend, strict, z_start, z_end, tau, dt):
-        run = _run
-    return run(z_start, z_end, tau, dt, input_dtype or z_start.dtype, backend, strict)
+        checks.per_sample("tau", tau, z_start, batch)
+    checks.per_sample("dt", dt, z_start, batch)
+    tensors = [value for value in (tau, dt) if isinstance(value, Tensor)]
+    direct = dispatch.runs_directly("window_chord", backend, strict, z_start, z_end, *tensors)
+    dtype = input_dtype or z_start.dtype
+    triton = direct and dispatch.select("window_chord", z_start.device, backend, strict) == "triton"
+    if triton and 0 not in (*leading, *z_start.shape):
+        order = layout.shared_order(z_start, z_end)
+        if order is not None:
+            return _Direct(leading, z_start, order, dtype)
+    run = _CHORD.run if direct else _CHORD
 
-
-def _run(
-    z_start: Tensor, z_end: Tensor, tau: Tensor, dt: Tensor, input_dtype: torch.dtype, backend: str, strict: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = dispatch.select("window_chord", z_start.device, backend, strict)
-    if chosen == "triton" and z_start.numel() and tau.numel():
-        results = _outputs(z_start, tau, input_dtype)
-        dispatch.triton_module("chord").chord(z_start, z_end, tau, dt, *results, strict)
+    def call(z_start: Tensor, z_end: Tensor, tau: PerSample, dt: PerSample) -> tuple[Tensor, Tensor, Tensor]:
+        values = plans.fill((tau, dt), z_start, batch, z_start.dtype)
+        given = (z_start, z_end, *values, dtype, backend, strict)
+        results: tuple[Tensor, Tensor, Tensor] = run(Operands._make(given))
         return results
-    order = layout.leading_order(z_start)
-    z_t, velocity, model_input = reference.window_chord(z_start, z_end, tau, dt, input_dtype=input_dtype)
+
+    return call
+
+
+class _Direct:
+    """Calls of one signature straight to the kernel, whose launch is prepared once."""
+
+    def __init__(self, leading: tuple[int, ...], z_start: Tensor, order: tuple[int, ...], input_dtype: torch.dtype):
+        self.z_t = layout.Room(leading, z_start, order)
+        self.velocity = layout.Room(z_start.shape[:1], z_start, order)
+        self.model_input = layout.Room(leading, z_start, order, input_dtype)
+        self.launch: launch.Launch | None = None
+
+    def __call__(self, z_start: Tensor, z_end: Tensor, tau: PerSample, dt: PerSample) -> tuple[Tensor, Tensor, Tensor]:
+        values = plans.fill((tau, dt), z_start, z_start.shape[0], z_start.dtype)
+        results = self.z_t.empty(), self.velocity.empty(), self.model_input.empty()
+        if self.launch is None:
+            self.launch = dispatch.triton_module("chord").prepare(z_start, z_end, *values, *results)
+        launch.start(self.launch, z_start, z_end, *values, *results)
+        return results
+
+
+def _run(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = dispatch.select("window_chord", o.z_start.device, o.backend, o.strict)
+    if chosen == "triton" and o.z_start.numel() and o.tau.numel():
+        results = _outputs(o)
+        dispatch.triton_module("chord").chord(*o[:4], *results, o.strict)
+        return results
+    order = layout.leading_order(o.z_start)
+    z_t, velocity, model_input = reference.window_chord(*o[:4], input_dtype=o.input_dtype)
     return layout.settle(z_t, order), layout.settle(velocity, order), layout.settle(model_input, order)
 
 
-_chord = torch.library.custom_op("reflow_kernels::window_chord", _run, mutates_args=())
-
-
-@_chord.register_fake
-def _(
-    z_start: Tensor, z_end: Tensor, tau: Tensor, dt: Tensor, input_dtype: torch.dtype, backend: str, strict: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(z_start, tau, input_dtype)
-
-
-def _outputs(z_start: Tensor, tau: Tensor, input_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    order = layout.leading_order(z_start)
+def _outputs(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    order = layout.leading_order(o.z_start)
     return (
-        layout.empty(tau.shape, z_start, order),
-        layout.empty((z_start.shape[0],), z_start, order),
-        layout.empty(tau.shape, z_start, order, input_dtype),
+        layout.empty(o.tau.shape, o.z_start, order),
+        layout.empty((o.z_start.shape[0],), o.z_start, order),
+        layout.empty(o.tau.shape, o.z_start, order, o.input_dtype),
     )
+
+
+_CHORD = Op("window_chord", Operands, _run, _outputs, results=3)

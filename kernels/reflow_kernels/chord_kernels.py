@@ -12,7 +12,7 @@ from .tiles import accumulator, divide, lerp, load, store
 _COUNTS = ["TILES", "BATCH", "tau_point_stride", "tau_stride", "dt_stride"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["tau", "dt"])
 def _chord_kernel(
     z_start,  # [B, N]
     z_end,  # [B, N]
@@ -50,6 +50,28 @@ def _chord_kernel(
         store(model_input, o_point, b_point, m_n, EVEN)
 
 
+def prepare(
+    z_start: Tensor, z_end: Tensor, tau: Tensor, dt: Tensor, z_t: Tensor, velocity: Tensor, model_input: Tensor
+) -> launch.Launch:
+    """The launch for these seven tensors and others like them; all share one sample order."""
+    batch, size = velocity.shape[0], velocity[0].numel()
+    blocks = launch.elementwise(size)
+    several = tau.dim() == 2
+    return launch.Launch(
+        _chord_kernel,
+        batch * blocks.tiles,
+        blocks.warps,
+        (
+            *(size, blocks.tiles, batch, z_start.stride(0), z_end.stride(0)),
+            *(tau.stride(0) if several else 0, tau.stride(-1), launch.stride(dt)),
+        ),
+        ACC=accumulator(z_start.dtype),
+        POINTS=tau.shape[0] if several else 1,
+        BLOCK=blocks.block,
+        EVEN=blocks.even,
+    )
+
+
 def chord(
     z_start: Tensor,
     z_end: Tensor,
@@ -64,31 +86,5 @@ def chord(
     order = layout.leading_order(velocity)
     z_start = layout.in_order("window_chord", "z_start", z_start, order, strict)
     z_end = layout.in_order("window_chord", "z_end", z_end, order, strict)
-    batch, size = velocity.shape[0], velocity[0].numel()
-    blocks = launch.elementwise(size)
-    several = tau.dim() == 2
-    launch.start(
-        _chord_kernel,
-        batch * blocks.tiles,
-        z_start.device,
-        blocks.warps,
-        z_start,
-        z_end,
-        tau,
-        dt,
-        z_t,
-        velocity,
-        model_input,
-        size,
-        blocks.tiles,
-        batch,
-        z_start.stride(0),
-        z_end.stride(0),
-        tau.stride(0) if several else 0,
-        tau.stride(-1),
-        launch.stride(dt),
-        ACC=accumulator(z_start.dtype),
-        POINTS=tau.shape[0] if several else 1,
-        BLOCK=blocks.block,
-        EVEN=blocks.even,
-    )
+    tensors = (z_start, z_end, tau, dt, z_t, velocity, model_input)
+    launch.start(prepare(*tensors), *tensors)

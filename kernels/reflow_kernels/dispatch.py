@@ -21,7 +21,7 @@ logger = logging.getLogger("reflow_kernels")
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT = "REFLOW_KERNELS_BACKEND"
-OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine")
+OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine", "fused_adamw", "fused_adamw8bit")
 MINIMUM_CAPABILITY = (7, 0)
 
 _defaults: dict[str, Any] = {"backend": "auto", "strict": False}
@@ -30,6 +30,9 @@ _said: set[tuple[str, ...]] = set()
 
 def configure(*, backend: str | None = None, strict: bool | None = None) -> None:
     """Set the process-wide backend and strictness that ops use when they are called without their own."""
+    from . import plans
+
+    plans.forget()
     if backend is not None:
         _defaults["backend"] = _checked(backend, "backend")
     if strict is not None:
@@ -50,23 +53,29 @@ def select(op: str, device: torch.device, backend: str = "auto", strict: bool = 
     return chosen
 
 
+def watched() -> bool:
+    """Whether a mode, a trace or a transform wants to see the ops, which only torch.library's dispatcher shows it."""
+    return _tracing() or bool(_modes()) or _transform() is not None
+
+
 def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a call may start its Triton kernels without torch.library's dispatcher, which takes the CPU longer than
-    the launch: plain tensors in eager mode, and no mode or transform that wants to see the op.
+    """Whether a call may run without torch.library's dispatcher, which takes the CPU longer than a kernel's launch and,
+    on a small batch, than the reference's arithmetic: plain tensors in eager mode, on a GPU with Triton or on a CPU,
+    and no mode or transform that wants to see the op.
     """
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, without a type
-    if torch.compiler.is_compiling() or tracing or _modes() or _transform() is not None:
+    if torch.compiler.is_compiling() or watched():
         return False
     # The dispatcher writes out a view that stands for its negative, as the imaginary part of a conjugate does.
-    if any(type(value) not in _PLAIN or value.is_neg() for value in (leading, *others) if value is not None):
+    if any(type(value) not in PLAIN or value.is_neg() for value in (leading, *others) if value is not None):
         return False
-    return select(op, leading.device, backend, strict) == "triton"
+    return select(op, leading.device, backend, strict) == "triton" or leading.device.type == "cpu"
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Where a version of PyTorch lacks one of these, every call takes the dispatcher.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: True)
+_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # public, untyped
 
 
 def triton_module(name: str) -> ModuleType:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import checks, dispatch, layout, reference
+from . import checks, dispatch, layout, plans, reference
 from .reference import PerSample
+from .registration import Op
+
+
+class Operands(NamedTuple):
+    model_output: Tensor
+    guidance_scale: Tensor
+    rescale: Tensor | None
+    backend: str
+    strict: bool
 
 
 def cfg_combine(
@@ -35,40 +43,72 @@ def cfg_combine(
         TypeError, ValueError: a wrong dtype, shape or device, or an argument that requires a gradient.
         RuntimeError: the asked backend cannot run here.
     """
+    factor = rescale if isinstance(rescale, Tensor) or rescale != 0 else None
+    given = (model_output, guidance_scale, factor)
+    key = plans.signature("cfg_combine", given, backend, strict)
+    plan = plans.find(key) or plans.keep(key, _plan(*given, backend, strict))
+    guided: Tensor = plan(*given)
+    return guided
+
+
+def _plan(
+    model_output: Tensor, guidance_scale: PerSample, rescale: PerSample | None, backend: str, strict: bool
+) -> plans.Plan:
+    """Check a call and say how calls like it run."""
     checks.tensor("model_output", model_output)
     if model_output.shape[0] % 2:
         raise ValueError(f"model_output has {model_output.shape[0]} rows; expected an even number, [uncond; cond].")
     checks.no_grad("model_output", model_output, "cfg_combine has none")
     batch = model_output.shape[0] // 2
-    dtype = reference.accumulate_dtype(model_output)
-    factor = None
-    scale = checks.per_sample("guidance_scale", guidance_scale, model_output, batch, dtype)
-    if isinstance(rescale, Tensor) or rescale != 0:
-        factor = checks.per_sample("rescale", rescale, model_output, batch, dtype)
-    run: Callable[..., Tensor] = torch.ops.reflow_kernels.cfg_combine
-    if dispatch.runs_directly("cfg_combine", backend, strict, model_output, scale, factor):
-        run = _run
-    return run(model_output, scale, factor, backend, strict)
+    checks.per_sample("guidance_scale", guidance_scale, model_output, batch)
+    if rescale is not None:
+        checks.per_sample("rescale", rescale, model_output, batch)
+    tensors = [value for value in (guidance_scale, rescale) if isinstance(value, Tensor)]
+    direct = dispatch.runs_directly("cfg_combine", backend, strict, model_output, *tensors)
+    triton = direct and dispatch.select("cfg_combine", model_output.device, backend, strict) == "triton"
+    if triton and model_output.numel():
+        order = layout.shared_order(model_output)
+        if order is not None:
+            return _Direct(layout.Room((batch,), model_output, order))
+    run, dtype = _COMBINE.run if direct else _COMBINE, reference.accumulate_dtype(model_output)
 
-
-def _run(
-    model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, backend: str, strict: bool
-) -> Tensor:
-    chosen = dispatch.select("cfg_combine", model_output.device, backend, strict)
-    order = layout.leading_order(model_output)
-    if chosen == "triton" and model_output.numel():
-        guided = layout.empty((model_output.shape[0] // 2,), model_output, order)
-        dispatch.triton_module("guidance").combine(model_output, guidance_scale, rescale, guided, strict)
+    def call(model_output: Tensor, guidance_scale: PerSample, rescale: PerSample | None) -> Tensor:
+        values = plans.fill((guidance_scale, rescale), model_output, batch, dtype)
+        guided: Tensor = run(Operands._make((model_output, *values, backend, strict)))
         return guided
-    guided = reference.cfg_combine(model_output, guidance_scale, rescale=0.0 if rescale is None else rescale)
-    return layout.settle(guided, order)
+
+    return call
 
 
-_combine = torch.library.custom_op("reflow_kernels::cfg_combine", _run, mutates_args=())
+class _Direct:
+    """Calls of one signature straight to the kernels, whose launches are prepared once."""
+
+    def __init__(self, guided: layout.Room):
+        self.guided = guided
+        self.kernels: Any = None
+
+    def __call__(self, model_output: Tensor, guidance_scale: PerSample, rescale: PerSample | None) -> Tensor:
+        guided = self.guided.empty()
+        dtype = reference.accumulate_dtype(model_output)
+        values = plans.fill((guidance_scale, rescale), model_output, guided.shape[0], dtype)
+        if self.kernels is None:
+            self.kernels = dispatch.triton_module("guidance").Kept(model_output, *values, guided)
+        self.kernels.combine(model_output, *values, guided)
+        return guided
 
 
-@_combine.register_fake
-def _(
-    model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, backend: str, strict: bool
-) -> Tensor:
-    return layout.empty((model_output.shape[0] // 2,), model_output, layout.leading_order(model_output))
+def _run(o: Operands) -> Tensor:
+    chosen = dispatch.select("cfg_combine", o.model_output.device, o.backend, o.strict)
+    if chosen == "triton" and o.model_output.numel():
+        guided = _output(o)
+        dispatch.triton_module("guidance").combine(*o[:3], guided, o.strict)
+        return guided
+    guided = reference.cfg_combine(o.model_output, o.guidance_scale, rescale=0.0 if o.rescale is None else o.rescale)
+    return layout.settle(guided, layout.leading_order(o.model_output))
+
+
+def _output(o: Operands) -> Tensor:
+    return layout.empty((o.model_output.shape[0] // 2,), o.model_output, layout.leading_order(o.model_output))
+
+
+_COMBINE = Op("cfg_combine", Operands, _run, _output, results=1)

@@ -16,6 +16,8 @@ from .tiles import accumulator, divide, lerp, load, square_root, store
 
 MOMENTS = 4
 
+_VALUES = ["guidance_scale", "rescale"]  # [B]: read one by one, at any address
+
 
 @triton.jit
 def _moments(values, mask, count, ACC: tl.constexpr):
@@ -34,7 +36,10 @@ def _factor(cond_spread, guided_spread, rescale, ACC: tl.constexpr):
     return 1.0 + rescale * (tl.where(guided_spread > 0, ratio, 1.0) - 1.0)
 
 
-@triton.jit(do_not_specialize=["TILES", "BATCH", "guidance_scale_stride", "rescale_stride"])
+@triton.jit(
+    do_not_specialize=["TILES", "BATCH", "guidance_scale_stride", "rescale_stride"],
+    do_not_specialize_on_alignment=_VALUES,
+)
 def _combine_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -65,7 +70,9 @@ def _combine_kernel(
     store(guided, i_b * N + o_n, b_guided, m_n, EVEN)
 
 
-@triton.jit(do_not_specialize=["TILES", "BATCH", "guidance_scale_stride"])
+@triton.jit(
+    do_not_specialize=["TILES", "BATCH", "guidance_scale_stride"], do_not_specialize_on_alignment=["guidance_scale"]
+)
 def _moments_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -119,7 +126,10 @@ def _merge(
     return tl.sum(spread)
 
 
-@triton.jit(do_not_specialize=["TILES", "SUMS", "BATCH", "guidance_scale_stride", "rescale_stride"])
+@triton.jit(
+    do_not_specialize=["TILES", "SUMS", "BATCH", "guidance_scale_stride", "rescale_stride"],
+    do_not_specialize_on_alignment=_VALUES,
+)
 def _rescale_kernel(
     output,  # [2B, N]
     guidance_scale,  # [B]
@@ -154,55 +164,63 @@ def _rescale_kernel(
     store(guided, i_b * N + o_n, b_guided, m_n, EVEN)
 
 
-def combine(model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, guided: Tensor, strict: bool) -> None:
-    """Writes ``guided``, which has model_output's sample order where that is dense."""
-    model_output = layout.in_order("cfg_combine", "model_output", model_output, layout.leading_order(guided), strict)
-    batch, size = guided.shape[0], guided[0].numel()
-    dtype = reference.accumulate_dtype(guided)
-    acc = accumulator(dtype)
-    sums = launch.reduction(size, model_output)
-    whole = rescale is not None and sums.tiles == 1
-    blocks = sums if whole else launch.elementwise(size)
-    strides = (model_output.stride(0), launch.stride(guidance_scale))
-    if rescale is None or whole:
-        launch.start(
-            _combine_kernel,
+class Kept:
+    """The launches of one signature of calls, prepared for tensors like these; all share one sample order."""
+
+    def __init__(self, model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, guided: Tensor):
+        batch, size = guided.shape[0], guided[0].numel()
+        self.dtype = reference.accumulate_dtype(guided)
+        acc = accumulator(self.dtype)
+        sums = launch.reduction(size, model_output)
+        whole = rescale is not None and sums.tiles == 1
+        blocks = sums if whole else launch.elementwise(size)
+        strides = (model_output.stride(0), launch.stride(guidance_scale))
+        self.moments: launch.Launch | None = None
+        if rescale is None or whole:
+            self.last = launch.Launch(
+                _combine_kernel,
+                batch * blocks.tiles,
+                blocks.warps,
+                (size, blocks.tiles, batch, *strides, launch.stride(rescale)),
+                ACC=acc,
+                BLOCK=blocks.block,
+                EVEN=blocks.even,
+            )
+            return
+        self.moments = launch.Launch(
+            _moments_kernel,
+            batch * sums.tiles,
+            sums.warps,
+            (size, sums.tiles, batch, *strides),
+            ACC=acc,
+            BLOCK=sums.block,
+            EVEN=sums.even,
+        )
+        chunk = min(launch.power_of_two(sums.tiles), launch.CHUNK)
+        self.last = launch.Launch(
+            _rescale_kernel,
             batch * blocks.tiles,
-            guided.device,
             blocks.warps,
-            *(model_output, guidance_scale, rescale, guided, size, blocks.tiles, batch),
-            *strides,
-            launch.stride(rescale),
+            (size, blocks.tiles, sums.tiles, batch, *strides, launch.stride(rescale)),
             ACC=acc,
             BLOCK=blocks.block,
             EVEN=blocks.even,
+            TILE=sums.block,
+            CHUNK=chunk,
+            CHUNKS=-(-sums.tiles // chunk),
         )
-        return
-    moments = torch.empty((MOMENTS, batch * sums.tiles), dtype=dtype, device=guided.device)
-    launch.start(
-        _moments_kernel,
-        batch * sums.tiles,
-        guided.device,
-        sums.warps,
-        *(model_output, guidance_scale, moments, size, sums.tiles, batch),
-        *strides,
-        ACC=acc,
-        BLOCK=sums.block,
-        EVEN=sums.even,
-    )
-    chunk = min(launch.power_of_two(sums.tiles), launch.CHUNK)
-    launch.start(
-        _rescale_kernel,
-        batch * blocks.tiles,
-        guided.device,
-        blocks.warps,
-        *(model_output, guidance_scale, rescale, moments, guided, size, blocks.tiles, sums.tiles, batch),
-        *strides,
-        launch.stride(rescale),
-        ACC=acc,
-        BLOCK=blocks.block,
-        EVEN=blocks.even,
-        TILE=sums.block,
-        CHUNK=chunk,
-        CHUNKS=-(-sums.tiles // chunk),
-    )
+
+    def combine(self, model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, guided: Tensor) -> None:
+        if self.moments is None:
+            launch.start(self.last, model_output, guidance_scale, rescale, guided)
+            return
+        moments = torch.empty((MOMENTS, self.moments.programs), dtype=self.dtype, device=guided.device)
+        launch.start(self.moments, model_output, guidance_scale, moments)
+        launch.start(self.last, model_output, guidance_scale, rescale, moments, guided)
+
+
+def combine(model_output: Tensor, guidance_scale: Tensor, rescale: Tensor | None, guided: Tensor, strict: bool) -> None:
+    """Writes ``guided``, which has model_output's sample order where that is dense."""
+    model_output = layout.in_order("cfg_combine", "model_output", model_output, layout.leading_order(guided), strict)
+    tensors = (model_output, guidance_scale, rescale, guided)
+    Kept(*tensors).combine(*tensors)

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, layout, reference
+from . import checks, dispatch, launch, layout, plans, reference
 from .reference import PerSample
+from .registration import Op
 
-OPERANDS = ("state", "model_output", "state_coef", "output_coef", "guidance_scale", "input_scale")
+
+class Operands(NamedTuple):
+    state: Tensor
+    model_output: Tensor
+    state_coef: Tensor
+    output_coef: Tensor
+    guidance_scale: Tensor | None
+    input_scale: Tensor | None
+    input_dtype: torch.dtype
+    backend: str
+    strict: bool
+
+
+class OperandsInto(NamedTuple):
+    """The same with a buffer for each result."""
+
+    state: Tensor
+    model_output: Tensor
+    state_coef: Tensor
+    output_coef: Tensor
+    guidance_scale: Tensor | None
+    input_scale: Tensor | None
+    out: Tensor
+    input_out: Tensor
+    backend: str
+    strict: bool
 
 
 def guided_step(
@@ -49,6 +75,27 @@ def guided_step(
         TypeError, ValueError: a wrong dtype, shape, device or layout, or an argument that requires a gradient.
         RuntimeError: the asked backend cannot run here.
     """
+    given = (state, model_output, state_coef, output_coef, guidance_scale, input_scale, out, input_out)
+    key = plans.signature("guided_step", given, input_dtype, backend, strict)
+    plan = plans.find(key) or plans.keep(key, _plan(*given, input_dtype, backend, strict))
+    results: tuple[Tensor, Tensor] = plan(*given)
+    return results
+
+
+def _plan(
+    state: Tensor,
+    model_output: Tensor,
+    state_coef: PerSample,
+    output_coef: PerSample,
+    guidance_scale: PerSample | None,
+    input_scale: PerSample | None,
+    out: Tensor | None,
+    input_out: Tensor | None,
+    input_dtype: torch.dtype | None,
+    backend: str,
+    strict: bool,
+) -> plans.Plan:
+    """Check a call and say how calls like it run."""
     checks.tensor("state", state, checks.PRECISE)
     checks.tensor("model_output", model_output)
     checks.dtype("input_dtype", input_dtype)
@@ -59,46 +106,125 @@ def guided_step(
     checks.same_device("model_output", model_output, state, "state")
     for name, value in (("state", state), ("model_output", model_output)):
         checks.no_grad(name, value, "guided_step has none")
-
-    def coefficient(name: str, value: PerSample) -> Tensor:
-        return checks.per_sample(name, value, state, batch, state.dtype)
-
-    operands = (
-        state,
-        model_output,
-        coefficient("state_coef", state_coef),
-        coefficient("output_coef", output_coef),
-        None if guidance_scale is None else coefficient("guidance_scale", guidance_scale),
-        None if input_scale is None else coefficient("input_scale", input_scale),
-    )
-    first = input_out if out is None else out
-    if first is None:
-        dtype = model_output.dtype if input_dtype is None else input_dtype
-        if dispatch.runs_directly("guided_step", backend, strict, *operands):
-            return _run(*operands, dtype, backend, strict)
-        results: tuple[Tensor, Tensor] = torch.ops.reflow_kernels.guided_step(*operands, dtype, backend, strict)
-        return results
-
+    checks.per_sample("state_coef", state_coef, state, batch)
+    checks.per_sample("output_coef", output_coef, state, batch)
+    for name, coef in (("guidance_scale", guidance_scale), ("input_scale", input_scale)):
+        if coef is not None:
+            checks.per_sample(name, coef, state, batch)
     _check_buffer("out", out, state, batch, state.dtype, "the dtype of state")
     wanted = input_dtype if input_dtype is not None else (input_out.dtype if input_out is not None else None)
     _check_buffer("input_out", input_out, state, rows, wanted, "input_dtype")
+    dtype = wanted or model_output.dtype
+    coefs = (state_coef, output_coef, guidance_scale, input_scale)
+    tensors = [value for value in (*coefs, out, input_out) if isinstance(value, Tensor)]
+    direct = dispatch.runs_directly("guided_step", backend, strict, state, model_output, *tensors)
+    triton = direct and dispatch.select("guided_step", state.device, backend, strict) == "triton" and state.numel() > 0
+    first = input_out if out is None else out
+    if first is None:
+        order = layout.shared_order(model_output, state) if triton else None
+        if order is None:
+            return _Checked(direct, None, dtype, (backend, strict))
+        results = _rooms(state, rows, order, dtype)
+        return _Direct(False, results)
     order = layout.leading_order(first)
-    if out is None:
-        out = layout.empty((batch,), state, order)
-    if input_out is None:
-        input_out = layout.empty((rows,), state, order, input_dtype or model_output.dtype)
-    if layout.dense_order(input_out) != order:
+    if input_out is not None and layout.dense_order(input_out) != order:
         raise ValueError(
-            f"input_out has strides {input_out.stride()}; expected the sample order of out, {out.stride()}."
+            f"input_out has strides {input_out.stride()}; expected the sample order of out, {first.stride()}."
         )
-    if type(out) is Tensor and type(input_out) is Tensor and not torch.compiler.is_compiling():
-        _check_memory({"out": out, "input_out": input_out}, operands)
-    if dispatch.runs_directly("guided_step", backend, strict, *operands, out, input_out):
-        _run_out(*operands, out, input_out, backend, strict)
-        torch.autograd.graph.increment_version((out, input_out))
-    else:
-        torch.ops.reflow_kernels.guided_step_out(*operands, out, input_out, backend, strict)
-    return out, input_out
+    results = _rooms(state, rows, order, dtype)
+    if triton and layout.shared_order(first, state, model_output) is not None:
+        return _Direct(True, results)
+    return _Checked(direct, results, dtype, (backend, strict))
+
+
+def _rooms(
+    state: Tensor, rows: int, order: tuple[int, ...], input_dtype: torch.dtype
+) -> tuple[layout.Room, layout.Room]:
+    return layout.Room(state.shape[:1], state, order), layout.Room((rows,), state, order, input_dtype)
+
+
+class _Checked:
+    """Calls of one signature through the dispatcher, or ``direct`` around it; ``results`` where buffers are given."""
+
+    def __init__(
+        self,
+        direct: bool,
+        results: tuple[layout.Room, layout.Room] | None,
+        input_dtype: torch.dtype,
+        options: tuple[str, bool],
+    ):
+        self.results, self.input_dtype, self.options = results, input_dtype, options
+        self.run = _STEP.run if direct else _STEP
+        self.run_into = _written if direct else _STEP_INTO
+
+    def __call__(
+        self,
+        state: Tensor,
+        model_output: Tensor,
+        state_coef: PerSample,
+        output_coef: PerSample,
+        guidance_scale: PerSample | None,
+        input_scale: PerSample | None,
+        out: Tensor | None,
+        input_out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        coefs = plans.fill((state_coef, output_coef, guidance_scale, input_scale), state, state.shape[0], state.dtype)
+        if self.results is None:
+            given = (state, model_output, *coefs, self.input_dtype, *self.options)
+            made: tuple[Tensor, Tensor] = self.run(Operands._make(given))
+            return made
+        out, input_out = (
+            room.empty() if given is None else given for given, room in zip((out, input_out), self.results, strict=True)
+        )
+        if type(out) is Tensor and type(input_out) is Tensor and not torch.compiler.is_compiling():
+            _check_memory(out, input_out, state, model_output, *coefs)
+        self.run_into(OperandsInto._make((state, model_output, *coefs, out, input_out, *self.options)))
+        return out, input_out
+
+
+class _Direct:
+    """Calls of one signature straight to the kernel, whose launch is prepared once."""
+
+    def __init__(self, into: bool, results: tuple[layout.Room, layout.Room]):
+        self.into, (self.out, self.input_out) = into, results
+        self.launch: launch.Launch | None = None
+        self.apart: set[tuple[int, ...]] = set()  # addresses whose memory was found apart
+
+    def __call__(
+        self,
+        state: Tensor,
+        model_output: Tensor,
+        state_coef: PerSample,
+        output_coef: PerSample,
+        guidance_scale: PerSample | None,
+        input_scale: PerSample | None,
+        out: Tensor | None,
+        input_out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        operands = [
+            state,
+            model_output,
+            *plans.fill((state_coef, output_coef, guidance_scale, input_scale), state, state.shape[0], state.dtype),
+        ]
+        out = self.out.empty() if out is None else out
+        input_out = self.input_out.empty() if input_out is None else input_out
+        if self.into:
+            self._check(out, input_out, operands)
+        if self.launch is None:
+            prepare = dispatch.triton_module("guided_step").prepare
+            self.launch = prepare(*operands, out, input_out)
+        launch.start(self.launch, *operands, out, input_out)
+        if self.into:
+            torch.autograd.graph.increment_version((out, input_out))
+        return out, input_out
+
+    def _check(self, out: Tensor, input_out: Tensor, operands: list[Tensor | None]) -> None:
+        addresses = tuple(0 if value is None else value.data_ptr() for value in (*operands, out, input_out))
+        if addresses not in self.apart:
+            _check_memory(out, input_out, *operands)
+            if len(self.apart) >= plans.KEPT:
+                self.apart.clear()
+            self.apart.add(addresses)
 
 
 def _check_buffer(
@@ -116,114 +242,62 @@ def _check_buffer(
         raise ValueError(f"{name} has strides {value.stride()}; expected samples that are dense and do not overlap.")
 
 
-def _check_memory(buffers: dict[str, Tensor], operands: tuple[Tensor | None, ...]) -> None:
+def _check_memory(out: Tensor, input_out: Tensor, *operands: Tensor | None) -> None:
     """Refuse buffers that would be written where another program of the kernel still reads or writes."""
-    if layout.overlap(buffers["out"], buffers["input_out"]):
+    if layout.overlap(out, input_out):
         raise ValueError("out and input_out share memory; each is written whole, so give each a buffer of its own.")
-    named = dict(zip(OPERANDS, operands, strict=True))
-    for name, buffer in buffers.items():
-        for other, operand in named.items():
+    for name, buffer in (("out", out), ("input_out", input_out)):
+        for other, operand in zip(Operands._fields, operands, strict=False):
             if operand is None or type(operand) is not Tensor or not layout.overlap(buffer, operand):
                 continue
-            if other not in OPERANDS[:2] or not layout.same_place(buffer, operand):
+            if other not in ("state", "model_output") or not layout.same_place(buffer, operand):
                 raise ValueError(
                     f"{name} overlaps {other} in part, which would be overwritten before all of it is read; give a "
                     f"buffer of its own, or {other} itself."
                 )
 
 
-def _run(
-    state: Tensor,
-    model_output: Tensor,
-    state_coef: Tensor,
-    output_coef: Tensor,
-    guidance_scale: Tensor | None,
-    input_scale: Tensor | None,
-    input_dtype: torch.dtype,
-    backend: str,
-    strict: bool,
-) -> tuple[Tensor, Tensor]:
-    chosen = dispatch.select("guided_step", state.device, backend, strict)
-    order = layout.leading_order(model_output)
-    if chosen == "triton" and state.numel():
-        out = layout.empty((state.shape[0],), state, order)
-        input_out = layout.empty((model_output.shape[0],), state, order, input_dtype)
-        run = dispatch.triton_module("guided_step").step
-        run(state, model_output, state_coef, output_coef, guidance_scale, input_scale, out, input_out, strict)
-        return out, input_out
-    results = _reference(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_dtype)
-    return layout.settle(results[0], order), layout.settle(results[1], order)
+def _run(o: Operands) -> tuple[Tensor, Tensor]:
+    if _on_triton(o):
+        results = _outputs(o)
+        dispatch.triton_module("guided_step").step(*o[:6], *results, o.strict)
+        return results
+    order = layout.leading_order(o.model_output)
+    state, model_input = _reference(o, o.input_dtype)
+    return layout.settle(state, order), layout.settle(model_input, order)
 
 
-_step = torch.library.custom_op("reflow_kernels::guided_step", _run, mutates_args=())
-
-
-@_step.register_fake
-def _(
-    state: Tensor,
-    model_output: Tensor,
-    state_coef: Tensor,
-    output_coef: Tensor,
-    guidance_scale: Tensor | None,
-    input_scale: Tensor | None,
-    input_dtype: torch.dtype,
-    backend: str,
-    strict: bool,
-) -> tuple[Tensor, Tensor]:
-    order = layout.leading_order(model_output)
+def _outputs(o: Operands) -> tuple[Tensor, Tensor]:
+    order = layout.leading_order(o.model_output)
     return (
-        layout.empty((state.shape[0],), state, order),
-        layout.empty((model_output.shape[0],), state, order, input_dtype),
+        layout.empty((o.state.shape[0],), o.state, order),
+        layout.empty((o.model_output.shape[0],), o.state, order, o.input_dtype),
     )
 
 
-def _run_out(
-    state: Tensor,
-    model_output: Tensor,
-    state_coef: Tensor,
-    output_coef: Tensor,
-    guidance_scale: Tensor | None,
-    input_scale: Tensor | None,
-    out: Tensor,
-    input_out: Tensor,
-    backend: str,
-    strict: bool,
-) -> None:
-    chosen = dispatch.select("guided_step", state.device, backend, strict)
-    if chosen == "triton" and state.numel():
-        run = dispatch.triton_module("guided_step").step
-        run(state, model_output, state_coef, output_coef, guidance_scale, input_scale, out, input_out, strict)
+def _run_into(o: OperandsInto) -> None:
+    if _on_triton(o):
+        dispatch.triton_module("guided_step").step(*o[:8], o.strict)
         return
-    results = _reference(state, model_output, state_coef, output_coef, guidance_scale, input_scale, input_out.dtype)
-    out.copy_(results[0])
-    input_out.copy_(results[1])
+    for buffer, result in zip((o.out, o.input_out), _reference(o, o.input_out.dtype), strict=True):
+        buffer.copy_(result)
 
 
-_step_out = torch.library.custom_op(
-    "reflow_kernels::guided_step_out", _run_out, mutates_args=("out", "input_out")
-)
+def _written(o: OperandsInto) -> None:
+    """Without the dispatcher, which would tell autograd that the buffers have changed."""
+    _run_into(o)
+    torch.autograd.graph.increment_version((o.out, o.input_out))
 
 
-@_step_out.register_fake
-def _(*arguments: Any) -> None:
-    return None
+def _on_triton(o: Operands | OperandsInto) -> bool:
+    return dispatch.select("guided_step", o.state.device, o.backend, o.strict) == "triton" and o.state.numel() > 0
 
 
-def _reference(
-    state: Tensor,
-    model_output: Tensor,
-    state_coef: Tensor,
-    output_coef: Tensor,
-    guidance_scale: Tensor | None,
-    input_scale: Tensor | None,
-    input_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _reference(o: Operands | OperandsInto, input_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return reference.guided_step(
-        state,
-        model_output,
-        state_coef,
-        output_coef,
-        guidance_scale=guidance_scale,
-        input_scale=input_scale,
-        input_dtype=input_dtype,
+        *o[:4], guidance_scale=o.guidance_scale, input_scale=o.input_scale, input_dtype=input_dtype
     )
+
+
+_STEP = Op("guided_step", Operands, _run, _outputs, results=2)
+_STEP_INTO = Op("guided_step_out", OperandsInto, _run_into, lambda o: None, results=0, mutates=("out", "input_out"))

@@ -9,10 +9,11 @@ from torch import Tensor
 from . import launch, layout
 from .tiles import accumulator, lerp, load, store
 
-_COUNTS = ["TILES", "BATCH", "state_coef_stride", "output_coef_stride", "guidance_scale_stride", "input_scale_stride"]
+_VALUES = ["state_coef", "output_coef", "guidance_scale", "input_scale"]  # [B]: read one by one, at any address
+_COUNTS = ["TILES", "BATCH", *(f"{name}_stride" for name in _VALUES)]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_VALUES)
 def _step_kernel(
     state,  # [B, N]
     output,  # [B, N], or [2B, N] with guidance
@@ -59,6 +60,34 @@ def _step_kernel(
         store(input_out, (i_b + BATCH) * input_out_stride + o_n, b_state, m_n, EVEN)
 
 
+def prepare(
+    state: Tensor,
+    model_output: Tensor,
+    state_coef: Tensor,
+    output_coef: Tensor,
+    guidance_scale: Tensor | None,
+    input_scale: Tensor | None,
+    out: Tensor,
+    input_out: Tensor,
+) -> launch.Launch:
+    """The launch for these eight tensors and others like them; all share one sample order."""
+    batch, size = state.shape[0], out[0].numel()
+    blocks = launch.elementwise(size)
+    return launch.Launch(
+        _step_kernel,
+        batch * blocks.tiles,
+        blocks.warps,
+        (
+            *(size, blocks.tiles, batch),
+            *(state.stride(0), model_output.stride(0), out.stride(0), input_out.stride(0)),
+            *(launch.stride(value) for value in (state_coef, output_coef, guidance_scale, input_scale)),
+        ),
+        ACC=accumulator(state.dtype),
+        BLOCK=blocks.block,
+        EVEN=blocks.even,
+    )
+
+
 def step(
     state: Tensor,
     model_output: Tensor,
@@ -74,33 +103,5 @@ def step(
     order = layout.leading_order(out)
     state = layout.in_order("guided_step", "state", state, order, strict)
     model_output = layout.in_order("guided_step", "model_output", model_output, order, strict)
-    batch, size = state.shape[0], out[0].numel()
-    blocks = launch.elementwise(size)
-    launch.start(
-        _step_kernel,
-        batch * blocks.tiles,
-        state.device,
-        blocks.warps,
-        state,
-        model_output,
-        state_coef,
-        output_coef,
-        guidance_scale,
-        input_scale,
-        out,
-        input_out,
-        size,
-        blocks.tiles,
-        batch,
-        state.stride(0),
-        model_output.stride(0),
-        out.stride(0),
-        input_out.stride(0),
-        launch.stride(state_coef),
-        launch.stride(output_coef),
-        launch.stride(guidance_scale),
-        launch.stride(input_scale),
-        ACC=accumulator(state.dtype),
-        BLOCK=blocks.block,
-        EVEN=blocks.even,
-    )
+    operands = (state, model_output, state_coef, output_coef, guidance_scale, input_scale, out, input_out)
+    launch.start(prepare(*operands), *operands)

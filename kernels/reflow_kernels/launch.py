@@ -6,7 +6,6 @@ runs inside a training step. Grids are one-dimensional and programs widen their 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -62,16 +61,40 @@ def _blocks(size: int, block: int, warps: int) -> Blocks:
     return Blocks(block, -(-size // block), warps, size % block == 0)
 
 
-def start(kernel: Any, programs: int, device: torch.device, warps: int, *args: Any, **constants: Any) -> None:
-    """Launch on the tensors' own device. Contraction to FMA is off, so every Triton version rounds alike."""
-    with _guard(device):
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **constants)
+class Launch:
+    """One kernel, with all that does not change between calls of one signature (see :mod:`.plans`).
+
+    numbers: the sizes and strides that follow the operands among the kernel's arguments; constants by name follow them.
+    Operands are pointers, and numbers that change from call to call.
+    """
+
+    def __init__(self, kernel: Any, programs: int, warps: int, numbers: tuple[int, ...], **constants: Any):
+        self.kernel, self.programs, self.warps = kernel, programs, warps
+        self.numbers, self.constants = numbers, constants
+        self._compiled: Any = None
+        names = kernel.arg_names
+        self._fixed = (*numbers, *(constants[name] for name in names[len(names) - len(constants) :]))
+
+    def __call__(self, *operands: Any) -> None:
+        if self._compiled is not None:
+            self._compiled(*operands, *self._fixed)
+            return
+        start = self.kernel[(self.programs,)]
+        # Contraction to FMA is off, so every Triton version rounds alike.
+        handle = start(*operands, *self.numbers, num_warps=self.warps, enable_fp_fusion=False, **self.constants)
+        # The JIT looks a kernel up for longer than a launch takes. The interpreter has none; HIP goes by buffer sizes.
+        if handle is not None and not torch.version.hip:
+            self._compiled = handle[(self.programs, 1, 1)]
 
 
-def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def start(launch: Launch, *operands: Any) -> None:
+    """The one place that starts a kernel, on the tensors' own device."""
+    device = operands[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+        with torch.cuda.device(device):
+            launch(*operands)
+    else:
+        launch(*operands)
 
 
 def stride(values: Tensor | None) -> int:

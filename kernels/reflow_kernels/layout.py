@@ -54,6 +54,12 @@ def leading_order(tensor: Tensor) -> tuple[int, ...]:
     return dense_order(tensor) or contiguous_order(tensor.shape)
 
 
+def shared_order(leading: Tensor, *others: Tensor) -> tuple[int, ...] | None:
+    """The order that results follow, where all operands are in it already; else None."""
+    order = leading_order(leading)
+    return order if all(dense_order(tensor) == order for tensor in (leading, *others)) else None
+
+
 def strides(leading: Sequence[int], sample_shape: Sequence[int], order: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a tensor [*leading, *sample_shape], samples in ``order``, dense over the leading dimensions."""
     outer = []
@@ -66,9 +72,19 @@ def strides(leading: Sequence[int], sample_shape: Sequence[int], order: tuple[in
 
 def empty(leading: Sequence[int], like: Tensor, order: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor [*leading, *like.shape[1:]] with its samples in ``order``."""
-    sample_shape = like.shape[1:]
-    layout = strides(leading, sample_shape, order)
-    return torch.empty_strided((*leading, *sample_shape), layout, dtype=dtype or like.dtype, device=like.device)
+    return Room(leading, like, order, dtype).empty()
+
+
+class Room:
+    """What a result will be, so that it is made in one call."""
+
+    def __init__(self, leading: Sequence[int], like: Tensor, order: tuple[int, ...], dtype: torch.dtype | None = None):
+        sample_shape = tuple(like.shape[1:])
+        self.shape, self.stride = (*leading, *sample_shape), strides(leading, sample_shape, order)
+        self.dtype, self.device = dtype or like.dtype, like.device
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 def settle(result: Tensor, order: tuple[int, ...]) -> Tensor:

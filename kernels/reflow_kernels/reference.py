@@ -6,11 +6,27 @@ value per sample, which may also be a float. Time runs from t=1 (noise) to t=0 (
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .adamw_reference import dynamic_map, fused_adamw, fused_adamw8bit, quantize
+
+__all__ = [
+    "AlignedVLoss",
+    "aligned_v_loss",
+    "aligned_v_loss_backward",
+    "cfg_combine",
+    "dynamic_map",
+    "fused_adamw",
+    "fused_adamw8bit",
+    "guided_step",
+    "quantize",
+    "window_chord",
+]
 
 PerSample = Tensor | float
 
@@ -86,7 +102,10 @@ def aligned_v_loss_backward(
 
 
 class _AlignedV:
-    """The quantities of the aligned-v loss, rows flattened to [B, N]; norms are those of the scaled rows."""
+    """The quantities of the aligned-v loss, rows flattened to [B, N]; norms are those of the scaled rows.
+
+    What only the loss needs is taken when it is asked for, which the gradient never does.
+    """
 
     def __init__(
         self,
@@ -110,28 +129,35 @@ class _AlignedV:
 
         # Rows with huge elements are scaled by a power of two (exact), so that no square overflows.
         self.scale, _ = _shrink(prediction)
-        target_scale, target_peak = _shrink(velocity)
+        self.target_scale, target_peak = _shrink(velocity)
         self.active = target_peak > 0
-        self.prediction = prediction * self.scale
-        velocity = velocity * target_scale
-        prediction_norm = torch.linalg.vector_norm(self.prediction, dim=1, keepdim=True)
-        target_norm = torch.linalg.vector_norm(velocity, dim=1, keepdim=True)
+        self.prediction, self.velocity = prediction * self.scale, velocity * self.target_scale
+        self.prediction_norm = torch.linalg.vector_norm(self.prediction, dim=1, keepdim=True)
+        self.target_norm = torch.linalg.vector_norm(self.velocity, dim=1, keepdim=True)
         floor = eps * math.sqrt(self.size)
-        self.free = prediction_norm > floor * self.scale
-        self.floored_prediction = torch.where(self.free, prediction_norm, floor * self.scale)
-        floored_target = torch.maximum(target_norm, floor * target_scale)
-        self.unit_difference = self.prediction / self.floored_prediction - velocity / floored_target
+        self.free = self.prediction_norm > floor * self.scale
+        self.floored_prediction = torch.where(self.free, self.prediction_norm, floor * self.scale)
+        floored_target = torch.maximum(self.target_norm, floor * self.target_scale)
+        self.unit_difference = self.prediction / self.floored_prediction - self.velocity / floored_target
 
-        size = max(self.size, 1)
-        common = torch.minimum(self.scale, target_scale)
+    @functools.cached_property
+    def mse(self) -> Tensor:
+        return self.error.square().sum(1) / max(self.size, 1)
+
+    @functools.cached_property
+    def one_minus_cosine(self) -> Tensor:
+        return self.unit_difference.square().sum(1) / 2
+
+    @functools.cached_property
+    def magnitude(self) -> Tensor:
+        common = torch.minimum(self.scale, self.target_scale)
+        by, target_by = common / self.scale, common / self.target_scale
         # |v^| - |v| from the difference of the vectors, which stays accurate where the two are close.
-        rows, target_rows = self.prediction * (common / self.scale), velocity * (common / target_scale)
-        total = (prediction_norm * (common / self.scale) + target_norm * (common / target_scale)).squeeze(1)
+        rows, target_rows = self.prediction * by, self.velocity * target_by
+        total = (self.prediction_norm * by + self.target_norm * target_by).squeeze(1)
         gap = ((rows - target_rows) * (rows + target_rows)).sum(1)
         gap = gap / torch.where(total > 0, total, 1.0)
-        self.mse = self.error.square().sum(1) / size
-        self.magnitude = (gap / common.squeeze(1)).square() / size
-        self.one_minus_cosine = self.unit_difference.square().sum(1) / 2
+        return (gap / common.squeeze(1)).square() / max(self.size, 1)
 
 
 def _shrink(rows: Tensor) -> tuple[Tensor, Tensor]:

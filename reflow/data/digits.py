@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pathlib
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from reflow.errors import UserError
 
 RESOLUTION = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,13 +27,21 @@ TEMPLATES = (
 
 @lru_cache(maxsize=1)
 def _scans() -> tuple[torch.Tensor, torch.Tensor]:
-    from sklearn.datasets import load_digits
+    # Its file as `sklearn.datasets.load_digits` reads it: importing scikit-learn, and pandas with it, takes longer than all else here.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("The digits come with scikit-learn, which is not installed; install it with 'pip install scikit-learn'.")
+    file = pathlib.Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if file.exists():
+        table = np.loadtxt(file, delimiter=",")
+    else:  # a version that keeps it elsewhere
+        from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 8 - 1
+        table = np.column_stack(load_digits(return_X_y=True))
+    small = torch.from_numpy(table[:, :-1].copy()).view(-1, 1, 8, 8).to(torch.float32) / 8 - 1
     # Bicubic overshoots at strokes; the clamp keeps the range of the scans.
     pixels = F.interpolate(small, size=(RESOLUTION, RESOLUTION), mode="bicubic", align_corners=False).clamp_(-1, 1)
-    return pixels, torch.from_numpy(bunch.target).to(torch.long)
+    return pixels, torch.from_numpy(table[:, -1]).to(torch.long)
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:

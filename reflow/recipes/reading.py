@@ -36,6 +36,9 @@ FREE_KEYS = {
     "model.attention": "the same attention, by another kernel",
 }
 
+# Optimizers that take the same step and store it under the same names, in fp32: one may go on where the other stopped.
+SAME_STEP = {"adamw", "fused_adamw"}
+
 TOLD = 5  # mistakes that one refusal names
 
 
@@ -271,12 +274,16 @@ def toml_value(value: Any) -> str:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Algorithm keys that differ between two recipes, as 'section.key: old -> new'."""
-    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in differing(old, new).items() if k not in FREE_KEYS]
+    return [f"{k}: {a!r} -> {b!r}" for k, (a, b) in differing(old, new).items() if not is_free(k, a, b)]
 
 
 def free_changes(old: Recipe, new: Recipe) -> dict[str, str]:
-    """The keys of FREE_KEYS that differ between two recipes, with 'old -> new'."""
-    return {k: f"{toml_value(a)} -> {toml_value(b)}" for k, (a, b) in differing(old, new).items() if k in FREE_KEYS}
+    """The keys that differ between two recipes and may, with 'old -> new'."""
+    return {k: f"{toml_value(a)} -> {toml_value(b)}" for k, (a, b) in differing(old, new).items() if is_free(k, a, b)}
+
+
+def is_free(key: str, old: Any, new: Any) -> bool:
+    return key in FREE_KEYS or (key == "train.optimizer" and {old, new} <= SAME_STEP)
 
 
 def differing(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

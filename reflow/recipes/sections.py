@@ -202,8 +202,8 @@ class Train(Section):
     """Of every stage; linear and cosine fall to 0."""
     warmup: NonNegativeInt = 0
     """Samples over which a stage's learning rate rises from 0."""
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """The others are of bitsandbytes: in 8 bits, and paged, which spills to CPU memory."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "fused_adamw", "fused_adamw8bit"] = "adamw"
+    """Of bitsandbytes: adamw8bit, and paged, which spills to CPU memory. fused_: clip, step, average and copy in one pass, no bitsandbytes."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Of AdamW: decay of the gradient's and the squared gradient's averages."""
     eps: PositiveFloat = 1e-8

@@ -1,10 +1,12 @@
-"""Exponential moving average over the local fp32 master weights: one lerp a step, gathered by name only for export."""
+"""Exponential moving average over the local fp32 master weights: one lerp a step, in the optimizer's pass where it can, gathered by name only for export."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+from reflow.training.fused import FusedAdamW
 
 
 def half_life_at(half_life: float, warmup: float, done: int) -> float:
@@ -35,16 +37,31 @@ def decay(half_life: float, warmup: float, done: int, batch: int) -> float:
 class Ema:
     """Average of the flat buffers that an engine trains. The buffers stay the same tensors for a whole stage.
 
-    masters: the fp32 tensors of this rank (whole parameters, or the flat partitions of a ZeRO stage).
+    masters: the fp32 tensors of this rank (whole parameters, or the flat partitions of a ZeRO stage). tail: an optimizer over them that takes the
+    average in its own pass, or None.
     """
 
-    def __init__(self, masters: list[torch.Tensor]) -> None:
-        self.masters = masters
+    def __init__(self, masters: list[torch.Tensor], tail: FusedAdamW | None = None) -> None:
+        self.masters, self.tail = masters, tail
         self.average = [m.detach().clone() for m in masters]
+        if tail is not None:
+            tail.averages = {id(m): a for m, a in zip(masters, self.average, strict=True)}
+
+    def ride(self, decay: float) -> None:
+        """Let the optimizer step that comes take the average, where it can; `update` after it does the rest."""
+        if self.tail is not None:
+            self.tail.decay = decay
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1.0 - decay)
+        """What the optimizer's pass has not averaged: all of it where there is no such pass, or the step was dropped."""
+        taken = self.tail.taken if self.tail is not None else set()
+        rest = [(a, m.detach()) for a, m in zip(self.average, self.masters, strict=True) if id(m) not in taken]
+        if rest:
+            torch._foreach_lerp_([a for a, _ in rest], [m for _, m in rest], 1.0 - decay)
+        if self.tail is not None:
+            self.tail.decay = None
+            self.tail.taken.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {str(i): a for i, a in enumerate(self.average)}

@@ -20,8 +20,10 @@ import torch.distributed as dist
 
 from reflow.errors import UserError
 from reflow.recipes.sections import Train
-from reflow.training import meeting, optimizers, shards
+from reflow.training import folding, meeting, optimizers, shards
+from reflow.training.fused import FusedAdamW, clip_scale
 from reflow.training.shards import Piece, Shards
+from reflow_kernels import reference
 
 
 def load_deepspeed() -> Any:
@@ -107,6 +109,9 @@ def config_for(train: Train, accumulation: int, parameters: int, world: int) -> 
             if config["zero_optimization"].get(part, {}).get("device") == "nvme":
                 raise UserError(f"{train.deepspeed}: zero_optimization.{part} on nvme keeps no master weights in memory, which the EMA and "
                                 f"checkpoints need; write device = \"cpu\".")
+            if train.optimizer in optimizers.FUSED and config["zero_optimization"].get(part, {}).get("device", "none") != "none":
+                raise UserError(f"{train.deepspeed}: zero_optimization.{part} moves what train.optimizer = '{train.optimizer}' reads and writes in one pass "
+                                f"on the device; remove it from that file, or write optimizer = 'adamw'.")
     return config
 
 
@@ -165,6 +170,12 @@ class Engine:
         self.norm: torch.Tensor | None = None
         if self.plain:
             self.engine.clip_fp32_gradients = self._clip
+        # The optimizer that takes clip, average and copy along in its own pass.
+        self.tail = self.base if isinstance(self.base, FusedAdamW) else None
+        if self.tail is not None:
+            self.tail.state.clear()  # the bf16 wrapper has made states by a step over zero gradients, which would count
+        if self.tail is not None and not self.plain:
+            folding.fold(self.optimizer, self.tail, self.stage, self.engine.device)
 
     def _locate(self) -> tuple[list[torch.Tensor], list[Piece]]:
         """This rank's fp32 masters and which stretch of which parameter lies where in them."""
@@ -209,14 +220,22 @@ class Engine:
             group["lr"] = learning_rate
         boundary, self.dropped = self.engine.is_gradient_accumulation_boundary(), False
         if self.plain and not self.engine.gradient_clipping() and boundary:
-            self.norm = torch.stack([p.grad.float().norm() for p in self.params.values() if p.grad is not None]).norm()
+            self.norm = self._norm()
             self._drop()
         self.engine.step()
         return not boundary or (self.engine.was_step_applied() and not self.dropped)
 
     def _clip(self) -> None:
-        self.norm = self.clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.engine.gradient_clipping(), mpu=self.engine.mpu)
+        limit = self.engine.gradient_clipping()
+        if self.tail is not None:
+            self.norm = self._norm()
+            self.tail.scale = clip_scale(self.norm, limit)
+        else:
+            self.norm = self.clip_grad_norm_(parameters=self.module.parameters(), max_norm=limit, mpu=self.engine.mpu)
         self._drop()
+
+    def _norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
 
     def _drop(self) -> None:
         """Take away gradients whose norm is not finite, so that the optimizer passes all parameters over; elsewhere DeepSpeed does so."""
@@ -284,7 +303,7 @@ class Engine:
                 stored.restore(shard, self.masters, self._states())
                 how = "same layout"
             else:
-                again = stored.convert(self.pieces, self.masters, self._states(), shards.blockwise)
+                again = stored.convert(self.pieces, self.masters, self._states(), shards.blockwise if self.tail is None else reference.quantize)
                 how = "other layout, 8-bit moments rounded again" if again else "other layout"
             self._refresh()
         return how
@@ -302,6 +321,8 @@ class Engine:
             groups[0]["params"], master.grad = [master], torch.zeros_like(master)
             self.base.step()
             master.grad = None
+        if self.tail is not None:
+            self.tail.forget()
         for group, params in zip(groups, kept[0], strict=True):
             group["params"] = params
         for master, gradient in zip(self.masters, kept[1], strict=True):

@@ -26,7 +26,7 @@ from reflow.training.merged import Merged
 from reflow.training.pairs import PairStore, reuse
 from reflow.training.progress import Progress, Rate, say
 from reflow.training.signals import LEFT_EARLY, Signals
-from reflow.training.solves import Solved, Solver, usable
+from reflow.training.solves import Solved, Solver, kept, known_good, usable
 from reflow.training.telemetry import Clock, Log, Meter, peak_memory
 from reflow.training.validation import Validation
 from reflow.weights.delta import student_metadata
@@ -101,7 +101,7 @@ class Loop:
         total, steps = self.steps_of(index) * train.batch_size, self.steps_of(index)
         engine = Engine(student.train(), train, self.accumulation)
         merged = Merged(flow, source, self.networks) if flow.merger else None
-        ema, meter, clock = Ema(engine.masters), Meter(len(flow.parts), self.device), Clock(self.device)
+        ema, meter, clock = Ema(engine.masters, engine.tail), Meter(len(flow.parts), self.device), Clock(self.device)
         step, pace = 0, Rate()
         if resume is not None:
             say(f"stage {index + 1}: reading the checkpoint {resume}")
@@ -119,14 +119,16 @@ class Loop:
             done = step * train.batch_size
             rows = sampler.rows_of_step(step, train.batch_size, self.micro, self.rank, self.world, self.accumulation)
             rate = optimizers.learning_rate(train.learning_rate, train.schedule, train.warmup, total, done, train.batch_size)
+            keep = decay(train.ema_half_life, train.ema_warmup, done, train.batch_size)
             if merged:
                 merged.follow(engine, ema)
+            ema.ride(keep)
             for samples in rows:
                 with clock.part("data" if stage.stored and not merged else "teacher"):
                     solved = (merged or source)(list(dict.fromkeys(s // stage.chords_per_solve for s in samples)))
                 if not self.micro_step(engine, flow, solved, samples, rate, meter, clock, step):
                     skipped.append(step)
-            ema.update(decay(train.ema_half_life, train.ema_warmup, done, train.batch_size))
+            ema.update(keep)
             step, done = step + 1, done + train.batch_size
             bar.advance(train.batch_size)
             pace.add(train.batch_size)
@@ -147,8 +149,9 @@ class Loop:
             if crossed(done, recipe.validate_.every, train.batch_size) or (last and recipe.validate_.every):
                 with pace.pause():
                     validation.run(engine.state(ema.average), before, done, self.networks.averaged, last)
-            leave, due = self.signals.agree()
-            if not last and (leave or due or crossed(done, recipe.checkpoint.every, train.batch_size)):
+            planned = crossed(done, recipe.checkpoint.every, train.batch_size)
+            leave, due = self.signals.after_step(last or planned)
+            if not last and (leave or due or planned):
                 self.refuse_damaged(engine, ema, index, step)
                 with pace.pause():
                     path = self.checkpoints.save(engine, ema, meter.state_dict(), index, step, done)
@@ -191,11 +194,15 @@ class Loop:
             good, solved = solved.finite()
             z_start, z_end = solved.z_start, solved.z_end
             points = targets.points(z_start, z_end, solved.window, draws.view(-1, chords, 2), table, recipe.objective, input_dtype=self.dtype)
-            copies = torch.arange(len(good), device=self.device).repeat(chords)
-            conditioning = solved.conditioning.select(copies).to(self.device, self.dtype)
+            conditioning = solved.conditioning
+            if chords > 1:
+                copies = torch.arange(len(good), device=self.device).repeat(chords)
+                good, conditioning = good[copies], conditioning.select(copies)
+            conditioning = conditioning.to(self.device, self.dtype)
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
-            good = good[copies] & usable(output.detach())
-            output = torch.where(good.view(-1, 1, 1, 1), output, torch.zeros_like(output))
+            good = good & usable(output.detach())
+            if not known_good(good):
+                output = kept(output, good)
             weight = good.float() if flow.merger is None else good * flow.merger.weight[points.window]
             result = targets.loss(output, points, table, recipe.objective, weight=weight)
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)

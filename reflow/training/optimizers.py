@@ -9,6 +9,9 @@ import torch
 
 from reflow.errors import UserError
 from reflow.recipes.sections import Train
+from reflow.training.fused import FusedAdamW, FusedAdamW8bit
+
+FUSED = {"fused_adamw": FusedAdamW, "fused_adamw8bit": FusedAdamW8bit}
 
 
 def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
@@ -19,6 +22,8 @@ def build(parameters: Iterable[torch.nn.Parameter], train: Train) -> torch.optim
         parameters = list(parameters)
         fused = train.offload or any(p.device.type == "cuda" for p in parameters)
         return torch.optim.AdamW(parameters, fused=fused or None, **settings)
+    if train.optimizer in FUSED:
+        return FUSED[train.optimizer](parameters, **settings)
     try:
         import bitsandbytes as bnb
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +24,21 @@ AT_ONCE = 2**20  # pairs that are counted at once
 DATA, NOISE, FORWARD = 0, 1, 2
 
 
-def usable(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [B] of [B,...] whose sum of squares, which the loss takes, is a number in fp32: no NaN, no infinity, no overflow on the way."""
-    return torch.isfinite(torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32).square())
+def usable(*parts: torch.Tensor) -> torch.Tensor:
+    """Rows [B] whose sum of squares, which the loss takes, is a number in fp32 in each of the parts [B,...]: no NaN, no infinity, no overflow
+    on the way."""
+    norms = torch.stack([torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32) for rows in parts])
+    return (norms.square() < math.inf).all(0)  # a NaN is not below it
+
+
+def kept(rows: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    """Rows [B,...] with zeros where `good` [B] is false."""
+    return torch.where(good.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows))
+
+
+def known_good(good: torch.Tensor) -> bool:
+    """Whether all rows are known to be good, so that none need be taken out. On a GPU nobody asks: that would wait for it."""
+    return good.device.type == "cpu" and bool(good.all())
 
 
 @dataclass
@@ -38,16 +51,18 @@ class Solved:
     conditioning: Conditioning
 
     def finite(self) -> tuple[torch.Tensor, Solved]:
-        """Which rows [B] can be used (see `usable`), and the same with zeros in the others; no host sync."""
+        """Which rows [B] can be used (see `usable`), and the same with zeros in the others; no host sync on a GPU."""
         c = self.conditioning
         tensors = [t for t in (self.z_start, self.z_end, c.encoder_hidden_states, c.text_embeds, c.time_ids) if t is not None]
-        good = torch.stack([usable(t) for t in tensors]).all(0)
+        good = usable(*tensors)
+        if known_good(good):
+            return good, self
 
         def clean(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t))
+            return None if t is None else kept(t, good)
 
-        kept = Conditioning(clean(c.encoder_hidden_states), clean(c.text_embeds), clean(c.time_ids))
-        return good, Solved(clean(self.z_start), clean(self.z_end), self.window, kept)
+        rows = Conditioning(kept(c.encoder_hidden_states, good), clean(c.text_embeds), clean(c.time_ids))
+        return good, Solved(kept(self.z_start, good), kept(self.z_end, good), self.window, rows)
 
 
 class Solver:

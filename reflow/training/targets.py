@@ -38,7 +38,7 @@ def points(z_start: torch.Tensor, z_end: torch.Tensor, window: torch.Tensor, dra
            settings: Objective, *, input_dtype: torch.dtype | None = None) -> Points:
     """M points on each of B solved windows, chord-major (row m*B + b). draws: [B, M, 2] uniforms."""
     chords, batch = draws.shape[1], len(z_start)
-    windows = window.repeat(chords)
+    windows = window.repeat(chords) if chords > 1 else window
     t, tau = times(draws.transpose(0, 1).reshape(-1, 2), windows, table, settings)
     if chords == 1:
         z_t, velocity, model_input = window_chord(z_start, z_end, tau, table.dt[window], input_dtype=input_dtype)

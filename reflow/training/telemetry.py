@@ -69,12 +69,12 @@ class Meter:
     def add(self, window: torch.Tensor, loss: torch.Tensor, mse: torch.Tensor, magnitude: torch.Tensor, cosine: torch.Tensor,
             good: torch.Tensor, step: int) -> None:
         """Per-sample values [B] of one micro-batch. `good` marks the samples that counted."""
-        kept = good.double()
-        columns = [kept] + [torch.where(good, v.detach().double(), 0.0) for v in (mse, magnitude, cosine)] + [1.0 - kept]
-        self.sums.index_add_(0, window, torch.stack(columns, 1))
+        kept, values = good.double(), torch.stack([mse, magnitude, cosine]).detach().double()
+        values = values.masked_fill(~good, 0.0)  # where it is not good, a value may be no number
+        self.sums.index_add_(0, window, torch.cat([kept[None], values, 1.0 - kept[None]]).T)
         # By rows, so that the average does not depend on how a batch is cut.
         self.loss += torch.stack([loss.detach().double(), torch.ones_like(self.loss[0])]) * len(window)
-        self.bad_step = torch.where((~good).any() & (self.bad_step < 0), torch.full_like(self.bad_step, step), self.bad_step)
+        self.bad_step.masked_fill_((~good).any() & (self.bad_step < 0), step)
 
     def read(self) -> dict[str, Any]:
         """Averages over all ranks since the last reading. Every rank calls it."""

@@ -5,8 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "TRITON_INTERPRET")
 
@@ -69,26 +67,30 @@ def test_help_needs_no_torch_and_names_every_command():
         assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in text), name
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env"])
-def test_help_of_a_command_needs_no_torch(name):
-    code = f"import sys; from reflow import cli\ntry: cli.main(['{name}', '--help'])\nfinally: print(*sys.modules)"
-    done = fresh("-c", code)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: reflow {name} ")
-    assert not {"torch", "diffusers", "transformers"} & set(done.stdout.splitlines()[-1].split())
+def test_help_of_a_command_needs_no_torch():
+    """All in one process: what one of them imported would still be there at the end."""
+    names = ("train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env")
+    done = fresh("-c", SEVERAL + "print(*sys.modules)", text="\n".join(f"{name}\t--help" for name in names))
+    *text, modules = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "" and text.count("exit code 0") == len(names)
+    assert [line.split()[2] for line in text if line.startswith("usage: reflow ")] == list(names)
+    assert not {"torch", "diffusers", "transformers"} & set(modules.split())
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (("trian", "--recipe", "digits"), "There is no command 'trian' (did you mean 'train'?)"),
-        (("train", "--recipe", "digts"), "There is no recipe called 'digts' (did you mean 'digits'?)"),
-        (("sample", "--run-dir", "nowhere", "--prompt", "x"), "There is no folder nowhere"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, argv, words):
-    done = fresh("-m", "reflow", *argv, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
-    assert done.stderr.startswith(f"reflow: {words}") and done.stderr.count("\n") == 1
+BAD = [
+    (("trian", "--recipe", "digits"), "There is no command 'trian' (did you mean 'train'?)"),
+    (("train", "--recipe", "digts"), "There is no recipe called 'digts' (did you mean 'digits'?)"),
+    (("sample", "--run-dir", "nowhere", "--prompt", "x"), "There is no folder nowhere"),
+]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    done = several(tmp_path, *(argv for argv, _ in BAD))
+    assert done.stdout == "exit code 2\n" * len(BAD) and not list(tmp_path.iterdir())
+    said = done.stderr.splitlines()
+    assert len(said) == len(BAD) and all(line.startswith(f"reflow: {words}") for line, (_, words) in zip(said, BAD)), said
+    whole = fresh("-m", "reflow", *BAD[0][0], cwd=tmp_path)  # and as a process, which ends with that code
+    assert whole.returncode == 2 and whole.stdout == "" and whole.stderr == f"{said[0]}\n"
 
 
 def test_training_starts_by_module_as_the_launcher_starts_it(tmp_path):

@@ -44,3 +44,13 @@ def poisoned_allocations():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """No plan of another test, which may have been made under other settings."""
+    from reflow_kernels import plans
+
+    plans.forget()
+    yield
+    plans.forget()

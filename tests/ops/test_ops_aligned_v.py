@@ -122,6 +122,19 @@ def test_more_tiles_and_samples_than_one_round_takes(backend, device, monkeypatc
         assert_no_worse(name, getattr(actual, name), getattr(plain, name), getattr(exact, name), terms)
 
 
+def test_more_samples_than_one_program_finishes(backend, device):
+    """Three programs finish 300 samples and one more launch adds their losses up."""
+    output, target = normal(300, 40, device=device).requires_grad_(), normal(300, 40, seed=1, device=device)
+    weight = torch.linspace(0.5, 2.0, 300, device=device)
+    exact = output.detach().double().requires_grad_()
+    truth = reference.aligned_v_loss(exact, target.double(), direction_weight=0.3, weight=weight.double())
+    found = aligned_v_loss(output, target, direction_weight=0.3, weight=weight, backend=backend)
+    for one, two in zip(found, truth, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=2e-6, atol=5e-7)
+    (grad,), (expected,) = torch.autograd.grad(found.loss, output), torch.autograd.grad(truth.loss, exact)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_empty_batch_is_zero(backend, device):
     output = torch.zeros(0, 4, 8, 8, device=device, requires_grad=True)
     result = aligned_v_loss(output, output.detach(), direction_weight=1.0, weight=2.0, backend=backend)

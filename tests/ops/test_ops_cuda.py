@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reflow_kernels import aligned_v_loss, cfg_combine, guided_step, window_chord
+from reflow_kernels import aligned_v_loss, cfg_combine, fused_adamw, fused_adamw8bit, guided_step, reference, window_chord
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPES = [(4, 4, 64, 64), (2, 4, 128, 128), (3, 3, 33, 35)]
@@ -103,6 +103,50 @@ def test_nothing_waits_for_the_device(shape):
         aligned_v_loss(static["output"], static["target"], direction_weight=1.0, weight=0.5).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def optimizer_operands(size, eight, seed=0):
+    """Operands of an optimizer's pass with everything that changes from step to step on the device."""
+    param, grad, first, average = (normal(size, seed=seed + n) for n in range(4))
+    held = {"param": param, "grad": grad.bfloat16(), "average": average, "copy": torch.zeros(size, dtype=torch.bfloat16, device="cuda")}
+    second = first.square()
+    if eight:
+        for order, moment in ((1, first), (2, second)):
+            qmap = reference.dynamic_map(order == 1).cuda()
+            held |= dict(zip((f"state{order}", f"absmax{order}"), reference.quantize(moment, qmap))) | {f"qmap{order}": qmap}
+    else:
+        held |= {"exp_avg": first, "exp_avg_sq": second}
+    values = {"learning_rate": 1e-3, "step": 1.0, "decay": 0.9, "grad_scale": 0.5}
+    return held, {name: torch.full((), value, device="cuda") for name, value in values.items()}
+
+
+@pytest.mark.parametrize("size", [4096, 100_001])
+@pytest.mark.parametrize("eight", [False, True])
+def test_a_captured_optimizer_step_reads_its_scalars_anew(size, eight):
+    op = fused_adamw8bit if eight else fused_adamw
+    settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "strict": True}
+    held, scalars = optimizer_operands(size, eight)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        op(**held, **scalars, **settings)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(**held, **scalars, **settings)
+    fresh, now = optimizer_operands(size, eight, seed=7)
+    for name, tensor in held.items():
+        tensor.copy_(fresh[name])
+    for step in (1, 2, 3):
+        for name, value in {"learning_rate": 1e-3 / step, "step": step, "decay": 1 - 0.1 / step, "grad_scale": 0.5 * step}.items():
+            scalars[name].fill_(value), now[name].fill_(value)
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            op(**fresh, **now, **settings)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(held[name], fresh[name]) for name in held)
 
 
 def test_launch_counts(monkeypatch):

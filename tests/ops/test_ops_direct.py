@@ -6,13 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import op_cases as cases
-from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, window_chord
+from reflow_kernels import aligned_v_loss, cfg_combine, dispatch, guided_step, plans, window_chord
 
 pytestmark = pytest.mark.skipif(not cases.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton")
 COEF = (0.5, -2.0)
 
 
-def calls(device):
+def calls(device, backend):
     """(name, a function of nothing that returns tensors), every op in each of its forms, on new tensors of equal values."""
     def normal(*shape, seed=0, dtype=torch.float32):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
@@ -22,32 +22,34 @@ def calls(device):
 
     def loss(grad):
         output = normal(2, 3, 4, 5, seed=3).requires_grad_(grad)
-        result = aligned_v_loss(output, end, direction_weight=0.3, sample=state, sample_coef=coef, output_coef=coef, backend="triton")
+        result = aligned_v_loss(output, end, direction_weight=0.3, sample=state, sample_coef=coef, output_coef=coef, backend=backend)
         return (*result, *(torch.autograd.grad(2 * result.loss, output) if grad else ()))
 
     def into():
         out = torch.zeros_like(state)
         before = out._version
-        results = guided_step(state, doubled, coef, 0.5, guidance_scale=7.5, out=out, backend="triton")
+        results = guided_step(state, doubled, coef, 0.5, guidance_scale=7.5, out=out, backend=backend)
         assert results[0] is out and out._version > before
         return results
 
     yield "loss", lambda: loss(False)
     yield "loss with gradient", lambda: loss(True)
-    yield "step", lambda: guided_step(state, doubled, coef, coef, guidance_scale=coef, backend="triton")
+    yield "step", lambda: guided_step(state, doubled, coef, coef, guidance_scale=coef, backend=backend)
     yield "step into buffers", into
-    yield "chord", lambda: window_chord(state, end, coef.abs(), -0.25, input_dtype=torch.float16, backend="triton")
-    yield "guidance", lambda: (cfg_combine(doubled, coef, rescale=0.7, backend="triton"),)
+    yield "chord", lambda: window_chord(state, end, coef.abs(), -0.25, input_dtype=torch.float16, backend=backend)
+    yield "guidance", lambda: (cfg_combine(doubled, coef, rescale=0.7, backend=backend),)
 
 
-def test_results_are_those_of_the_dispatcher(device, monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_results_are_those_of_the_dispatcher(device, monkeypatch, backend):
     taken = []
     plain = dispatch.runs_directly
     monkeypatch.setattr(dispatch, "runs_directly", lambda *a: taken.append(plain(*a)) or taken[-1])
-    direct = {name: call() for name, call in calls(device)}
-    assert len(taken) == 6 and all(taken)
+    direct = {name: call() for name, call in calls(device, backend)}
+    assert len(taken) == 6 and all(taken) == (backend == "triton" or device.type == "cpu")
     monkeypatch.setattr(dispatch, "runs_directly", lambda *a: False)
-    for name, call in calls(device):
+    plans.forget()
+    for name, call in calls(device, backend):
         for one, two in zip(direct[name], call(), strict=True):
             assert torch.equal(one, two) and one.stride() == two.stride() and one.requires_grad == two.requires_grad, name
 
@@ -55,7 +57,7 @@ def test_results_are_those_of_the_dispatcher(device, monkeypatch):
 def test_modes_transforms_and_subclasses_see_the_op(device):
     tensor = torch.ones(2, 3, device=device)
     assert dispatch.runs_directly("window_chord", "triton", False, tensor, tensor)
-    assert not dispatch.runs_directly("window_chord", "torch", False, tensor, tensor)
+    assert dispatch.runs_directly("window_chord", "torch", False, tensor, tensor) == (device.type == "cpu")
     with FakeTensorMode() as mode:
         assert not dispatch.runs_directly("window_chord", "triton", False, tensor)
     assert not dispatch.runs_directly("window_chord", "triton", False, tensor, mode.from_tensor(tensor))

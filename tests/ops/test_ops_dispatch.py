@@ -73,7 +73,7 @@ def test_the_choice_is_said_once_with_its_reason(caplog):
 
 def test_report_covers_every_op(device):
     report = reflow_kernels.backend_report(device)
-    assert [op for op, _, _ in report] == ["aligned_v_loss", "guided_step", "window_chord", "cfg_combine"]
+    assert [op for op, _, _ in report] == ["aligned_v_loss", "guided_step", "window_chord", "cfg_combine", "fused_adamw", "fused_adamw8bit"]
     assert all(backend == ("triton" if device.type == "cuda" else "torch") and reason for _, backend, reason in report)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import op_cases as cases
-from reflow_kernels import aligned_v_loss, cfg_combine, guided_step, launch, window_chord
+from reflow_kernels import aligned_v_loss, cfg_combine, fused_adamw, fused_adamw8bit, guided_step, launch, reference, window_chord
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 BESIDE = 0.08  # per-sample values and partial sums, as a share of the tensors' bytes
@@ -99,6 +99,14 @@ def test_loss(monkeypatch, size):
     check(meter, "aligned_v_loss, backward", tensors | {"grad": grad})
 
 
+def test_loss_of_many_samples(monkeypatch):
+    """Beyond what one program finishes the partial losses cost a launch; the operands are still read once."""
+    output, target = normal(160, 2048, dtype=torch.bfloat16), normal(160, 2048)
+    meter = Meter(monkeypatch)
+    aligned_v_loss(output, target, direction_weight=torch.ones(160), backend="triton")
+    check(meter, "aligned_v_loss, forward of many samples", {"model_output": output, "target": target})
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_step(monkeypatch, guided):
     state, output = normal(1, 16384), normal(2 if guided else 1, 16384, dtype=torch.bfloat16)
@@ -133,6 +141,33 @@ def test_guidance(monkeypatch, call):
     meter = Meter(monkeypatch)
     guided = cfg_combine(output, torch.ones(1), rescale=torch.ones(1) * rescale if rescale else 0.0, backend="triton")
     check(meter, call, {"model_output": output, "guided": guided})
+
+
+STEP = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("size", [4096, 3001])
+@pytest.mark.parametrize("eight", [False, True])
+def test_optimizer(monkeypatch, eight, size):
+    named = {"param": normal(size), "grad": normal(size, dtype=torch.bfloat16)}
+    rest = {"average": normal(size), "copy": normal(size, dtype=torch.bfloat16)}
+    scalars = STEP | {"step": torch.tensor(2.0), "decay": torch.tensor(0.99), "grad_scale": torch.tensor(0.5)}
+    maps = {}
+    if eight:
+        maps = {"qmap1": reference.dynamic_map(True), "qmap2": reference.dynamic_map(False)}
+        first, second = (reference.quantize(m, q) for m, q in zip((normal(size), normal(size).square()), maps.values()))
+        named |= {"state1": first[0], "state2": second[0], "absmax1": first[1], "absmax2": second[1]}
+    else:
+        named |= {"exp_avg": normal(size), "exp_avg_sq": normal(size).square()}
+    meter = Meter(monkeypatch)
+    (fused_adamw8bit if eight else fused_adamw)(**named, **maps, **rest, **scalars, backend="triton")
+    # The maps, of 1 KB each, stay in the cache: eleven entries for every value of whole programs.
+    block = 1024 if size % 16 == 0 else 512
+    tables = sum(meter.bytes_of(qmap) for qmap in maps.values())
+    assert tables == (2 * 4 * 11 * block * -(-size // block) if eight else 0)
+    total = meter.total()
+    meter.total = lambda: total - tables
+    check(meter, "fused_adamw8bit" if eight else "fused_adamw", named | rest)
 
 
 def test_a_redundant_read_is_seen(monkeypatch):

@@ -60,7 +60,8 @@ engine.init_distributed()
 tiny.load_once()
 rank, combinations, resized = dist.get_rank(), [], []
 for zero, optimizer, precision in [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "bf16") for z in (0, 2, 3)] + [
-        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "lora") for z in (2, 3)] + [(z, "adamw", "merging") for z in (0, 2, 3)]:
+        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "lora") for z in (2, 3)] + [(z, "adamw", "merging") for z in (0, 2, 3)] + [
+        (3, "fused_adamw", "fp32")]:
     name = f"zero{zero}-{optimizer}-{precision}"
     kind = {"lora": ["model.lora_rank=2"], "merging": ["stages.0.windows=1", "stages.0.merges=2", "stages.1.teacher=root"]}.get(
         precision, [f"train.precision={precision}"])

@@ -14,6 +14,13 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     assert torch.equal(chords[1], sampler.chord_draws(3, 1, [11])[0])
 
 
+def test_a_batch_in_any_order_is_what_each_sample_draws_alone():
+    indices = [7, 3, 3, 2**40, 0, 8]
+    alone = torch.cat([sampler.chord_draws(5, 2, [index]) for index in indices])
+    assert torch.equal(sampler.chord_draws(5, 2, indices), alone)
+    assert torch.equal(alone[0], torch.from_numpy(sampler.generator(5, 2, sampler.CHORD, 7).random(2)).float())
+
+
 def test_seeds_stages_and_streams_differ():
     draws = [sampler.solve_draws(s, g, [i], (1, 2, 2))[1] for s in (0, 1) for g in (0, 1) for i in (0, 1)]
     draws.append(sampler.chord_draws(0, 0, [0]))

@@ -57,14 +57,14 @@ def differences(saved, loaded):
 @contextlib.contextmanager
 def leaving_after(steps):
     """The run leaves after so many optimizer steps, as a signal would make it."""
-    agree, count = loop.Signals.agree, [0]
+    after_step, count = loop.Signals.after_step, [0]
 
-    def leave_now(self):
+    def leave_now(self, at_once):
         count[0] += 1
-        return (True, False) if count[0] == steps else agree(self)
+        return (True, False) if count[0] == steps else after_step(self, at_once)
 
-    loop.Signals.agree = leave_now
+    loop.Signals.after_step = leave_now
     try:
         yield
     finally:
-        loop.Signals.agree = agree
+        loop.Signals.after_step = after_step
