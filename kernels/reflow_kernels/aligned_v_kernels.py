@@ -144,7 +144,6 @@ class Kept:
     def __init__(self) -> None:
         self.forwards: tuple[launch.Launch, launch.Launch, launch.Launch | None] | None = None
         self.gradient: launch.Launch | None = None
-        self.rooms: tuple[int, ...] = ()
 
     def forward(
         self,
@@ -160,8 +159,9 @@ class Kept:
         """(loss [], parts [3, B], stats [6, B]) in two launches, three where one program cannot finish all samples."""
         batch = model_output.shape[0]
         if self.forwards is None:
-            self._prepare(model_output, target, direction_weight, weight, sample, sample_coef, output_coef, eps)
-        partial, finish, total = self.forwards  # type: ignore[misc]  # prepared above
+            strides = (launch.stride(direction_weight), launch.stride(weight))
+            self.forwards = self._prepared(model_output, target, sample, sample_coef, output_coef, strides, eps)
+        partial, finish, total = self.forwards
         sums = model_output.new_empty((SUMS, partial.programs), dtype=self.dtype)
         loss = sums.new_empty(())
         parts = sums.new_empty((3, batch))
@@ -173,17 +173,16 @@ class Kept:
             launch.start(total, losses, loss)
         return loss, parts, stats
 
-    def _prepare(
+    def _prepared(
         self,
         model_output: Tensor,
         target: Tensor,
-        direction_weight: Tensor,
-        weight: Tensor | None,
         sample: Tensor | None,
         sample_coef: Tensor | None,
         output_coef: Tensor | None,
+        weight_strides: tuple[int, int],
         eps: float,
-    ) -> None:
+    ) -> tuple[launch.Launch, launch.Launch, launch.Launch | None]:
         self.dtype = reference.accumulate_dtype(model_output, target, sample)
         batch, size = model_output.shape[0], model_output[0].numel()
         blocks = launch.reduction(size, model_output, target, sample)
@@ -201,10 +200,8 @@ class Kept:
             BLOCK=blocks.block,
             EVEN=blocks.even,
         )
-        strides = (launch.stride(direction_weight), launch.stride(weight))
-        finish = finish_launch(size, blocks.tiles, batch, strides, eps, self.dtype)
-        total = sum_launch(finish.programs, self.dtype) if finish.programs > 1 else None
-        self.forwards = partial, finish, total
+        finish = finish_launch(size, blocks.tiles, batch, weight_strides, eps, self.dtype)
+        return partial, finish, sum_launch(finish.programs, self.dtype) if finish.programs > 1 else None
 
     def backward(
         self,

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -26,13 +27,13 @@ MINIMUM_CAPABILITY = (7, 0)
 
 _defaults: dict[str, Any] = {"backend": "auto", "strict": False}
 _said: set[tuple[str, ...]] = set()
+when_configured: list[Callable[[], None]] = []  # called where settings change: what was worked out under others is void
 
 
 def configure(*, backend: str | None = None, strict: bool | None = None) -> None:
     """Set the process-wide backend and strictness that ops use when they are called without their own."""
-    from . import plans
-
-    plans.forget()
+    for follow in when_configured:
+        follow()
     if backend is not None:
         _defaults["backend"] = _checked(backend, "backend")
     if strict is not None:

@@ -65,6 +65,9 @@ def forget() -> None:
     _plans.clear()
 
 
+dispatch.when_configured.append(forget)
+
+
 def fill(values: tuple[Tensor | float | None, ...], like: Tensor, batch: int, dtype: torch.dtype) -> list[Any]:
     """Checked [B] arguments as tensors: floats are filled on the device."""
     return [

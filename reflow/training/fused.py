@@ -13,8 +13,8 @@ import torch
 
 import reflow_kernels
 from reflow_kernels import reference
+from reflow_kernels.adamw_reference import BLOCK
 
-BLOCK = 256  # elements that share one scale in 8-bit states
 SMALLEST = 4096  # tensors with fewer elements keep 32-bit states, as in bitsandbytes
 WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes' state_dict keeps the 8-bit tensors of a parameter
 

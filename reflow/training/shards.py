@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from reflow.errors import UserError
 from reflow.training.stored import shard_name
+from reflow_kernels.adamw_reference import BLOCK
 
-BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 MOMENTS = (("exp_avg", "state1"), ("exp_avg_sq", "state2"))  # torch's and bitsandbytes' names of the same things
 
 
