@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reflow.errors import UserError
 from reflow.outputs import written
+from reflow.weights.files import make_folder, save_tensors
 
 
 class Store:
@@ -34,9 +35,9 @@ class Store:
 
     def keep(self, name: str, made: dict[str, Tensor], about: str = "") -> None:
         self.made += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with written(self._path(name), shared=True) as place:
-            save_file({key: value.contiguous() for key, value in made.items()}, place, metadata={"about": about})
+            save_tensors({key: value.contiguous() for key, value in made.items()}, place, {"about": about})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
