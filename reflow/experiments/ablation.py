@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds import measure
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 
 DENSITIES = {
     "near start": {},
@@ -33,13 +31,13 @@ BUDGETS, MIDDLE = (150, 500, 1500), 500
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"ablation is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report)
     budgets, middle, weights = ((40,), 40, (0.1, 10.0)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
-    store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+    place = at.bed
+    ref = at.reference()
     arms = [{"arm": arm, "loss": loss} for loss in ("mse", "aligned_v") for arm in ("single", "progressive", "single, equal evaluations")]
     usual = {"weight": 1.0, "norm": "window_speed"}
     asked = [{**arm, "density": density, "steps": middle, **usual} for density in DENSITIES for arm in arms]
@@ -50,13 +48,13 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 5, quick: bool = False, r
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref, (1, 2))
+        found = measure.of_student(place, *at.trained(spec, range(seeds)), ref, (1, 2))
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(out / "ablation.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report)
+    rows = at.make(cells.seeded(asked, seeds), work)
     found = {"teacher_4": measure.of_teacher(place, 4, ref), "differences": differences(rows), "weights": by_weight(rows)}
-    draw(out / "ablation.png", rows, found, budgets, middle)
-    cells.finish(out, "ablation", rows, text(rows, found), found)
+    draw(at.path("png"), rows, found, budgets, middle)
+    at.finish(rows, text(rows, found), found)
 
 
 def student_of(cell: cells.Cell) -> Student:

@@ -114,12 +114,12 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def finish(out: Path, name: str, rows: Sequence[Row], text: str, found: dict[str, Any]) -> None:
-    """Writes OUT/NAME.json (what was found, command, seeds, revision, machine, versions, processor time) and OUT/NAME.md, and prints it."""
+def finish(path: Path, name: str, bed: str, rows: Sequence[Row], text: str, found: dict[str, Any]) -> None:
+    """Writes `path` (.json: what was found, command, seeds, revision, machine, versions, processor time) and .md beside it, and prints that."""
     seeds = sorted({row["cell"]["seed"] for row in rows if "seed" in row["cell"]})
     summary = {
         "experiment": name,
-        "command": f"reflow experiment {name} --bed exact --seeds {len(seeds)}",
+        "command": f"reflow experiment {name} --bed {bed} --seeds {len(seeds)}",
         "seeds": seeds,
         "revision": revision(),
         "version": rows[0]["version"] if rows else None,
@@ -127,9 +127,9 @@ def finish(out: Path, name: str, rows: Sequence[Row], text: str, found: dict[str
         "found": found,
         **machine.describe(),
     }
-    write_text(out / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-    write_text(out / f"{name}.md", text)
-    print(f"\n{text}\nResults: {out / f'{name}.json'}")
+    write_text(path, json.dumps(summary, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    print(f"\n{text}\nResults: {path}")
 
 
 def revision() -> str | None:

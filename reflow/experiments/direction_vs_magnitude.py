@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, students
+from reflow.experiments.beds import measure
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 from reflow.flow import Windows
 
 ARMS = ("random direction", "direction of the data", "magnitude")
@@ -35,13 +34,13 @@ STEPS = (32, 4)
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Disturb, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"direction-vs-magnitude is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Disturb, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("direction-vs-magnitude", out, bed=bed, data=data, quick=quick, report=report)
     angles, counts = ((0.2, 0.8), (4,)) if quick else (ANGLES, STEPS)
-    store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+    place = at.bed
+    ref = at.reference()
     asked = [{"arm": arm, "kept": kept, "angle": angle, "steps": steps, "seed": seed}
              for seed in range(seeds) for steps in counts for kept in (False, True) for arm in (*ARMS, *(BIASES if kept else ()))
              for angle in angles if arm not in BIASES or seed == 0]  # fmt: skip
@@ -50,10 +49,10 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
         found = disturbed(place, ref, cell["arm"], cell["angle"], cell["steps"], cell["kept"], cell["seed"])
         return measure.of_samples(place, found, ref)
 
-    rows = cells.make(out / "direction-vs-magnitude.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
+    rows = at.make(asked, work)
     found = {"undisturbed": {steps: measure.of_teacher(place, steps, ref) for steps in counts}, "arms": gathered(rows)}
-    draw(out / "direction-vs-magnitude.png", rows, found, angles, counts)
-    cells.finish(out, "direction-vs-magnitude", rows, text(found, angles, counts), found)
+    draw(at.path("png"), rows, found, angles, counts)
+    at.finish(rows, text(found, angles, counts), found)
 
 
 def turned(v: Tensor, towards: Tensor, angle: float) -> Tensor:

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds import measure
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 
 SCALES = (1, 2, 3, 4, 5, 6, 7)
 FIXED = (3, 7)
@@ -30,14 +28,13 @@ MODELS = {"I": (8, 4), "II": (8, 4, 2)}
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"guidance is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("guidance", out, bed=bed, data=data, quick=quick, report=report)
     scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 400)
-    store, place = Store(out.parent / "students"), ExactBed()
-    settings = SHORT if quick else {"steps": 160}
-    references = {w: measure.reference(place, store, guidance=guided(w), **settings) for w in scales}
+    place = at.bed
+    references = {w: at.reference(guidance=guided(w), steps=160) for w in scales}
     asked = []
     for model in MODELS:
         asked += [{"model": model, "mode": "sync", "starts": "data", "scale": w, "steps": steps} for w in scales]
@@ -46,16 +43,16 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
         asked_for = guided(cell["scale"]) if cell["mode"] == "sync" else None
-        return measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), references[cell["scale"]], guidance=asked_for)
+        return measure.of_student(place, *at.trained(spec, range(seeds)), references[cell["scale"]], guidance=asked_for)
 
-    rows = cells.make(out / "guidance.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report)
+    rows = at.make(cells.seeded(asked, seeds), work)
     found = {
         "teacher": {str(n): {str(w): measure.of_teacher(place, n, references[w]) for w in scales} for n in (4, 2, 32)},
         "fine": {str(w): measure.of_samples(place, references[w].fine, references[w]) for w in scales},
     }
     found["students"] = gathered(rows, found["teacher"])
-    draw(out / "guidance.png", found, scales)
-    cells.finish(out, "guidance", rows, text(found, scales), found)
+    draw(at.path("png"), found, scales)
+    at.finish(rows, text(found, scales), found)
 
 
 def guided(scale: float) -> float | None:

@@ -12,38 +12,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed, untrained
+from reflow.experiments.beds import measure
+from reflow.experiments.beds.exact import untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 from reflow.flow import Windows
 
 KINDS = ("ddim_eps", "diff_eps", "velocity")
 BUDGETS = (0, 100, 300, 1000)
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"parameterisations is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("parameterisations", out, bed=bed, data=data, quick=quick, report=report)
     budgets = (0, 30) if quick else BUDGETS
-    store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+    place = at.bed
+    ref = at.reference()
     asked = cells.seeded([{"kind": kind, "steps": steps} for steps in budgets for kind in KINDS], seeds)
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         if not cell["steps"]:
             return measure.of_student(place, untrained(place), place.table(Windows.uniform(4), cell["kind"]), ref)["4"]
         spec = Student((Stage(4, cell["steps"]),), seed=cell["seed"], prediction_type=cell["kind"])
-        return measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref)["4"]
+        return measure.of_student(place, *at.trained(spec, range(seeds)), ref)["4"]
 
-    rows = cells.make(out / "parameterisations.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
+    rows = at.make(asked, work)
     found = {"teacher_4": measure.of_teacher(place, 4, ref), "kinds": gathered(rows)}
-    draw(out / "parameterisations.png", found, budgets)
-    cells.finish(out, "parameterisations", rows, text(found, budgets), found)
+    draw(at.path("png"), found, budgets)
+    at.finish(rows, text(found, budgets), found)
 
 
 def gathered(rows: list[cells.Row]) -> list[dict[str, Any]]:

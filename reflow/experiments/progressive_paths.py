@@ -14,26 +14,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reflow.errors import UserError
 from reflow.experiments import cells
 from reflow.experiments.ablation import equal_cost
-from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds import measure
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
 BUDGETS = (400,)
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"progressive-paths is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("progressive-paths", out, bed=bed, data=data, quick=quick, report=report)
     paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, BUDGETS)
-    store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+    place = at.bed
+    ref = at.reference()
     asked = []
     for steps in budgets:
         for path in paths:
@@ -42,15 +40,13 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, students.trained(spec, store, range(seeds)), spec.table(), ref)
+        found = measure.of_student(place, *at.trained(spec, range(seeds)), ref)
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
-    rows = cells.make(
-        out / "progressive-paths.jsonl", cells.seeded(asked, seeds), work, students.version("experiments/beds/measure.py"), report=report
-    )
+    rows = at.make(cells.seeded(asked, seeds), work)
     found = {"teacher": {k: measure.of_teacher(place, k, ref) for k in sorted({path[-1] for path in paths})}, "paths": gathered(rows)}
-    draw(out / "progressive-paths.png", found, budgets)
-    cells.finish(out, "progressive-paths", rows, text(found, budgets), found)
+    draw(at.path("png"), found, budgets)
+    at.finish(rows, text(found, budgets), found)
 
 
 def student_of(cell: cells.Cell) -> Student:

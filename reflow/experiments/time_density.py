@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, pressure, students
+from reflow.experiments.beds import measure, pressure
 from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 from reflow.flow import Windows
 
 DENSITIES: dict[str, dict[str, Any]] = {
@@ -47,16 +46,16 @@ PLACES = tuple(i / 10 for i in range(11))
 MIDDLE = 600  # optimizer steps: every number of windows, and what is measured inside of windows
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"time-density is there for --bed exact, not {bed!r}.")
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("time-density", out, bed=bed, data=data, quick=quick, report=report)
     counts, budgets, densities = (
         ((1, 2, 4, 8), (200, MIDDLE, 2000), DENSITIES) if not quick else ((4,), (20, 60), {k: DENSITIES[k] for k in ("start", "uniform")})
     )
     middle = MIDDLE if not quick else budgets[-1]
-    store, place = Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+    place = at.bed
+    ref = at.reference()
     # what explains comes first, the longest last
     asked = [{"windows": 4, "density": name, "steps": middle} for name in (*densities, *(() if quick else CONTROLS))]
     asked += [{"windows": k, "density": name, "steps": middle} for k in counts if k != 4 for name in densities]
@@ -66,15 +65,14 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
     def work(cell: cells.Cell) -> dict[str, Any]:
         objective, more = CONTROLS[cell["density"]] if cell["density"] in CONTROLS else (DENSITIES[cell["density"]], {})
         spec = Student((Stage(cell["windows"], cell["steps"], tuple(sorted(objective.items()))),), seed=cell["seed"], **more)
-        model, table = students.trained(spec, store, range(seeds)), spec.table()
+        model, table = at.trained(spec, range(seeds))
         found: dict[str, Any] = {"at": measure.of_student(place, model, table, ref, (1, 2)), "evaluations": spec.evaluations()}
         if cell["windows"] == 4 and cell["steps"] == middle:
             found["profile"] = measure.profile(place, model, table, exact_chords[cell["windows"]], PLACES)
-            found["pressure"] = pressure.of_student(place, students.correction_of(spec, store), table, exact_chords[cell["windows"]])
+            found["pressure"] = pressure.of_student(place, at.correction(spec), table, exact_chords[cell["windows"]])
         return found
 
-    version = students.version("experiments/beds/measure.py", "experiments/beds/pressure.py")
-    rows = cells.make(out / "time-density.jsonl", cells.seeded(asked, seeds), work, version, report=report)
+    rows = at.make(cells.seeded(asked, seeds), work, "experiments/beds/pressure.py")
     teacher = {k: measure.of_teacher(place, k, ref) for k in counts}
     own = {k: measure.profile(place, untrained(place), place.table(Windows.uniform(k)), exact_chords[k], PLACES) for k in counts}
     found = {
@@ -86,8 +84,8 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
         "steepness": steepness(place, counts),
         "rows": gathered(rows, teacher),
     }
-    draw(out / "time-density.png", rows, found, counts, budgets, middle)
-    cells.finish(out, "time-density", rows, text(rows, found, counts, budgets, middle), found)
+    draw(at.path("png"), rows, found, counts, budgets, middle)
+    at.finish(rows, text(rows, found, counts, budgets, middle), found)
 
 
 def steepness(bed: ExactBed, counts: tuple[int, ...]) -> dict[int, list[float]]:

@@ -12,20 +12,18 @@ also in z / (alpha + sigma) over sigma / (alpha + sigma), where straight means o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reflow.errors import UserError
 from reflow.experiments import cells
-from reflow.experiments.beds import SHORT, measure, students
+from reflow.experiments.beds import measure
 from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, save
-from reflow.experiments.store import Store
+from reflow.experiments.opened import opened
 from reflow.flow import Windows, WindowSolver
 
 STEPS = 32
@@ -33,12 +31,12 @@ STAGES = (8, 4, 2)
 DENSITIES: dict[str, dict[str, Any]] = {"near start": {}, "uniform": {"time_density": "uniform"}}
 
 
-def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
-    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there."""
-    if bed != "exact":
-        raise UserError(f"velocity-discrepancy is there for --bed exact, not {bed!r}.")
-    steps, store, place = 30 if quick else 600, Store(out.parent / "students"), ExactBed()
-    ref = measure.reference(place, store, **SHORT if quick else {})
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("velocity-discrepancy", out, bed=bed, data=data, quick=quick, report=report)
+    steps, place = 30 if quick else 600, at.bed
+    ref = at.reference()
     asked = cells.seeded([{"density": density, "steps": steps} for density in DENSITIES], seeds)
     own = velocities(place.path(place.teacher, place.solver(Windows.uniform(STEPS), 1), ref.noise, ref.labels), Windows.uniform(STEPS))
     teacher = of_velocities(own)
@@ -48,24 +46,20 @@ def run(out: Path, *, bed: str = "exact", seeds: int = 3, quick: bool = False, r
         for i in range(len(STAGES)):
             keys = tuple(sorted(DENSITIES[cell["density"]].items()))
             spec = Student(tuple(Stage(k, cell["steps"], keys) for k in STAGES[: i + 1]), seed=cell["seed"])
-            states = student_path(place, spec, store, ref, range(seeds))
+            model, table = at.trained(spec, range(seeds))
+            states = place.path(model, WindowSolver.from_student(table, Windows.uniform(STEPS), 1), ref.noise, ref.labels)
             found[str(STAGES[i])] = of_velocities(velocities(states, Windows.uniform(STEPS)), kept=cell["seed"] == 0)
         return found
 
-    rows = cells.make(out / "velocity-discrepancy.jsonl", asked, work, students.version("experiments/beds/measure.py"), report=report)
+    rows = at.make(asked, work)
     found = {
         "teacher": teacher,
         "teacher_flow": of_velocities(velocities(own_scale(place, ref), flow_times(place))),
         "stages": gathered(rows, teacher),
         "untrained": {str(k): of_velocities(velocities(untrained_path(place, k, ref), Windows.uniform(STEPS)), kept=False) for k in STAGES},
     }
-    draw(out / "velocity-discrepancy.png", rows, found)
-    cells.finish(out, "velocity-discrepancy", rows, text(found), found)
-
-
-def student_path(bed: ExactBed, spec: Student, store: Store, ref: measure.Reference, seeds: Sequence[int]) -> list[Tensor]:
-    """z at the 33 times, by Euler steps of the velocity that the student has in its own window."""
-    return bed.path(students.trained(spec, store, seeds), WindowSolver.from_student(spec.table(), Windows.uniform(STEPS), 1), ref.noise, ref.labels)
+    draw(at.path("png"), rows, found)
+    at.finish(rows, text(found), found)
 
 
 def untrained_path(bed: ExactBed, windows: int, ref: measure.Reference) -> list[Tensor]:

@@ -13,8 +13,9 @@ from reflow.models.family import Base
 from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
+from reflow.training.draws import on_paths
 from reflow.training.ema import half_life_at
-from reflow.training.solves import on_paths, windows_solved
+from reflow.training.solves import windows_solved
 from reflow.weights.guard import REMEDY, reason_of
 
 GIB = 2**30

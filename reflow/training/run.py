@@ -29,9 +29,9 @@ from reflow.ranks import barrier, need_equal
 from reflow.recipes import reading
 from reflow.recipes.settings import Recipe
 from reflow.training import engine, fit, loop, networks, pulse, rules, stages
+from reflow.training.draws import on_paths
 from reflow.training.progress import say
 from reflow.training.signals import Signals
-from reflow.training.solves import on_paths
 from reflow_kernels import backend_report
 
 

@@ -17,11 +17,12 @@ from reflow.models.conditioning import Conditioning, denoise
 from reflow.recipes.sections import Objective
 from reflow.recipes.settings import Recipe
 from reflow.training import teachers
+from reflow.training.draws import DATA, FORWARD, NOISE, on_paths
+from reflow.training.draws import kinds as kinds_of
 from reflow.training.networks import solver_dtype
 from reflow.training.stages import StageFlow
 
 AT_ONCE = 2**20  # pairs that are counted at once
-DATA, NOISE, FORWARD = 0, 1, 2
 
 
 def usable(*parts: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ class Solver:
 
     def kinds(self, draws: np.ndarray) -> np.ndarray:
         """What each draw [n] is of: DATA, NOISE or FORWARD."""
-        return kinds(draws, self.recipe.objective)
+        return kinds_of(draws, self.recipe.objective)
 
     def mixed(self, indices: list[int], kinds: np.ndarray) -> Solved:
         """Solves of several kinds, in the order of the indices."""
@@ -206,23 +207,6 @@ class Solver:
         return conditioning.to(self.device, self.dtype)
 
 
-def chosen(draws: np.ndarray, share: float) -> np.ndarray:
-    """Which draws [n] bool are of a kind that `share` of all are: evenly spread, and of the draw's number alone."""
-    return np.floor((draws + 1) * share) > np.floor(draws * share)
-
-
-def on_paths(objective: Objective) -> bool:
-    """Whether pairs come from whole trajectories, K windows from the same draws."""
-    return objective.starts == "noise" or objective.forward_share > 0
-
-
-def kinds(draws: np.ndarray, objective: Objective) -> np.ndarray:
-    """What each draw [n] is of: noised DATA, a trajectory from NOISE, or one FORWARD from data to noise."""
-    forward, rest = chosen(draws, objective.forward_share), draws - np.floor(draws * objective.forward_share).astype(draws.dtype)
-    from_noise = chosen(rest, objective.starts_share if objective.starts == "noise" else 0.0)
-    return np.where(forward, FORWARD, np.where(from_noise, NOISE, DATA))
-
-
 def windows_solved(active: list[int], windows: int, count: int, part: int, objective: Objective) -> int:
     """Window solves of the teacher for `count` consecutive pairs of a stage with so many windows, taken in batches of `part`.
 
@@ -237,6 +221,6 @@ def windows_solved(active: list[int], windows: int, count: int, part: int, objec
         # The last pair of a trajectory in a batch says how far it is solved there; of one from data up to noise the first.
         edge = (np.diff(draws) != 0) | (np.diff(pairs // part) != 0)
         last, first_ = np.append(edge, True), np.insert(edge, 0, True)
-        of = kinds(draws, objective)
+        of = kinds_of(draws, objective)
         total += int(down[pairs[last & (of == NOISE)] % width].sum() + up[pairs[first_ & (of == FORWARD)] % width].sum() + (of == DATA).sum())
     return total

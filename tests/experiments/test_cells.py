@@ -61,7 +61,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_what_is_written_at_the_end(tmp_path, capsys):
-    cells.finish(tmp_path, "name", rows_of([1.0, 2.0], arm="a"), cells.table(["a", "b"], [[1, "x"]]), {"answer": 1})
+    cells.finish(tmp_path / "name.json", "name", "exact", rows_of([1.0, 2.0], arm="a"), cells.table(["a", "b"], [[1, "x"]]), {"answer": 1})
     summary = json.loads((tmp_path / "name.json").read_text())
     assert summary["seeds"] == [0, 1] and summary["found"] == {"answer": 1} and summary["cpu_seconds"] == 2.0
     assert {"revision", "machine", "versions", "command"} <= summary.keys()

@@ -8,9 +8,9 @@ import torch
 
 from reflow.evaluation.frechet import distance_of_moments, moments
 from reflow.evaluation.metrics import paired_error
-from reflow.experiments.beds import measure, students
+from reflow.experiments.beds import measure, scans, students
 from reflow.experiments.beds.exact import ExactBed, untrained
-from reflow.experiments.beds.mixture import CLASSES, NULL, LowRankMixture, clusters, fitted
+from reflow.experiments.beds.mixture import CLASSES, NULL, LowRankMixture, clusters
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.store import Store
 from reflow.flow import Windows
@@ -96,17 +96,14 @@ def test_nothing_is_known_at_zero_terminal_snr(bed):
 
 
 def test_the_fit_is_of_the_scans():
-    mixture = fitted()
+    mixture = scans.mixture("")
     assert mixture.means.shape == (20, 64) and float(mixture.weights.sum()) == pytest.approx(1.0)
     unit = torch.einsum("mdr,mds->mrs", mixture.axes, mixture.axes)
     torch.testing.assert_close(unit, torch.eye(6, dtype=torch.float64).expand_as(unit))
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    scans, labels = torch.from_numpy(bunch.images).double().flatten(1) / 8 - 1, torch.from_numpy(bunch.target)
+    images, labels = scans.read("")
     for digit in (0, 8):
-        torch.testing.assert_close(mixture.moments(digit)[0], scans[labels == digit].mean(0))
-    assert float((mixture.most_likely(scans, 1.0, 0.0) == labels).double().mean()) > 0.97
+        torch.testing.assert_close(mixture.moments(digit)[0], images[labels == digit].mean(0))
+    assert float((mixture.most_likely(images, 1.0, 0.0) == labels).double().mean()) > 0.97
     parts = clusters(torch.tensor([[0.0], [0.1], [5.0], [5.2], [9.0]]), 3)
     assert parts[0] == parts[1] != parts[2] == parts[3] != parts[4]
 
@@ -131,7 +128,7 @@ def test_the_fine_solve_reaches_the_mixture(zero_snr):
 
 def test_a_single_gaussian_is_solved_in_closed_form():
     """One component: the flow keeps every standardised coordinate, along the axes and beyond them."""
-    whole = fitted()
+    whole = scans.mixture("")
     one = LowRankMixture(whole.means[:1], whole.axes[:1], whole.spread[:1], whole.floor, torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.long))
     bed = ExactBed(dtype=torch.float64)
     bed.__dict__["mixture"] = one
@@ -247,3 +244,41 @@ def test_a_damaged_student_is_a_sentence(tmp_path):
     (tmp_path / f"{short().name()}.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read.*the same command makes it anew"):
         students.weights(short(), store)
+
+
+def test_windows_that_merge_while_they_are_learnt_reach_the_merged_chord(tmp_path):
+    """Two parts merged once: a student that trains on the chord of one window, without another solve than of the parts."""
+    spec = Student((Stage(2, 80, START, merges=1),), pairs=2048)
+    assert [round(b, 4) for b in spec.stages[0].parts.boundaries] == [1.0, 0.75, 0.5, 0.25, 0.0] and len(spec.table()) == 2
+    ref = measure.reference(ExactBed(), Store(tmp_path), samples=100, steps=60)
+    found = measure.of_student(ExactBed(), students.trained(spec, Store(tmp_path)), spec.table(), ref)["2"]["paired"]
+    assert found < measure.of_teacher(ExactBed(), 2, ref)["paired"]
+    plain = replace(spec, stages=(Stage(2, 80, START),))
+    # half of the chords are asked of the average once, and a part is solved in as many steps of 1/32 as it is long
+    assert spec.evaluations() - plain.evaluations() == 80 * 128 // 2 + 2048 * (8 - 16)
+
+
+def test_what_is_not_trained_is_held_to_the_teacher(tmp_path):
+    """The clean half straightened: in the noisy one, where nothing is trained, a student drifts unless it is held."""
+    bed, store = ExactBed(), Store(tmp_path)
+    z, labels = rows(200)[0].float(), torch.arange(200) % CLASSES
+    windows = Windows.uniform(2)
+    solver, off = bed.solver(windows, 4), {}
+    for rest in ("", "teacher"):
+        spec = Student((Stage(2, 150, START, active=(1,), rest=rest),), pairs=2048)
+        drifted, own = (bed.path(model, solver, z, labels)[1] for model in (students.trained(spec, store), bed.teacher))
+        off[rest] = float((drifted - own).square().mean().sqrt())
+    assert off["teacher"] < 0.5 * off[""]
+
+
+def test_pairs_of_three_kinds_are_windows_of_the_flow(tmp_path):
+    """From noise down, from data up and from noised data: whole trajectories hang together, and each pair is what a finer solve makes too."""
+    bed, keys = ExactBed(), (("forward_share", 0.5), ("starts", "noise"), ("starts_share", 0.5))
+    z_start, z_end, window, labels = students.pool(Student((Stage(4, 8, keys),), pairs=64), Store(tmp_path))
+    assert window.bincount().tolist() == [16] * 4
+    by_window = [(z_start[window == k], z_end[window == k]) for k in range(4)]
+    joined = [int(((end - start).abs().amax(1) < 1e-6).sum()) for (_, end), (start, _) in zip(by_window, by_window[1:])]
+    assert joined == [12] * 3  # 8 upwards and 4 from noise; 4 are noised data
+    finer = bed.solver(Windows.uniform(4), 40).solve(lambda z, t: bed.teacher(z, t, labels), z_start, window)
+    off, size = ((x**2).mean(1).sqrt() for x in (finer - z_end, z_end - z_start))
+    assert float((off / size).max()) < 0.2

@@ -17,7 +17,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP
 from reflow.models.conditioning import denoise
 from reflow.recipes import reading
-from reflow.training import loop, plan, run, solve_pairs, solves, stages
+from reflow.training import draws, loop, plan, run, solve_pairs, solves, stages
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "soak"))
 
@@ -84,7 +84,7 @@ def test_a_share_of_pairs_comes_from_data_up_to_noise_whoever_asks_for_which(tmp
     made = solver(tmp_path, FORWARD, "stages.1.forward_share=0", *overrides)
     share, table, windows = made.share, made.flow.table, len(made.flow.windows)
     kinds = made.kinds(np.arange(10)).tolist()
-    assert share == len(made.active) and [n for n, kind in enumerate(kinds) if kind == solves.FORWARD] == [3, 6, 9]
+    assert share == len(made.active) and [n for n, kind in enumerate(kinds) if kind == draws.FORWARD] == [3, 6, 9]
     whole = made(list(range(7 * share)))
     for indices in ([3 * share + 1], range(3 * share, 7 * share), [6 * share + share - 1, 3 * share, 0]):
         solved = made(list(indices))
@@ -109,7 +109,7 @@ def test_a_share_of_pairs_comes_from_data_up_to_noise_whoever_asks_for_which(tmp
 @torch.no_grad()
 def test_a_share_of_windows_starts_at_noised_data_whoever_asks_for_which(tmp_path):
     made, pure = solver(tmp_path, MIXED), solver(tmp_path)
-    share, kinds = made.share, (made.kinds(np.arange(5)) == solves.NOISE).tolist()
+    share, kinds = made.share, (made.kinds(np.arange(5)) == draws.NOISE).tolist()
     assert kinds == [False, False, True, False, True]  # two of five, evenly
     for indices in (range(5 * share), range(share + 1, 3 * share + 2), [2 * share + 1, 0, 4 * share, 3 * share + 2], [2 * share], [1]):
         solved, other = made(list(indices)), pure(list(indices))
@@ -130,7 +130,7 @@ def test_a_share_of_windows_starts_at_noised_data_whoever_asks_for_which(tmp_pat
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
 def test_the_share_of_trajectories_is_exact_and_even(share):
-    kinds = solves.chosen(np.arange(4000), share)
+    kinds = draws.chosen(np.arange(4000), share)
     assert kinds.sum() == 4000 * share and np.abs(np.convolve(kinds, np.ones(40), "valid") - 40 * share).max() <= 1
 
 

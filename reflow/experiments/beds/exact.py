@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from reflow.experiments.beds.mixture import NULL, LowRankMixture, fitted
+from reflow.experiments.beds import scans
+from reflow.experiments.beds.mixture import NULL, LowRankMixture
 from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
 from reflow.flow.exact import network
 
@@ -29,17 +30,17 @@ FREQUENCIES = 8
 class ExactBed:
     """zero_snr: the schedule rescaled to zero terminal SNR, where the networks predict v; otherwise eps.
 
-    parts, rank: of the mixture. dtype: of everything that is computed."""
+    scans: what the mixture is fitted to, a file or folder of 28x28 digits; "" for the bundled 8x8 ones. dtype: of everything that is
+    computed."""
 
     zero_snr: bool = False
-    parts: int = 2
-    rank: int = 6
+    scans: str = ""
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     @cached_property
     def mixture(self) -> LowRankMixture:
-        return fitted(self.parts, self.rank).to(self.dtype, self.device)
+        return scans.mixture(self.scans).to(self.dtype, self.device)
 
     @cached_property
     def schedule(self) -> DiscreteVP:
@@ -67,10 +68,10 @@ class ExactBed:
     def table(self, windows: Windows, prediction_type: str = "") -> ChordTable:
         return ChordTable(self.schedule, windows, prediction_type or self.student_type, device=self.device, dtype=self.dtype)
 
-    def solver(self, windows: Windows, steps: int, *, guidance: float | None = None, method: str = "ddim") -> WindowSolver:
+    def solver(self, windows: Windows, steps: int, *, guidance: float | None = None, method: str = "ddim", backward: bool = False) -> WindowSolver:
         """The teacher's solver."""
         return WindowSolver(self.schedule, windows, steps, prediction_type=self.prediction_type, method=method, guidance_scale=guidance,
-                            device=self.device, dtype=self.dtype)  # fmt: skip
+                            backward=backward, device=self.device, dtype=self.dtype)  # fmt: skip
 
     def fine(self, noise: Tensor, labels: Tensor, *, guidance: float | None = None, steps: int = 500) -> Tensor:
         """What the flow itself makes of noise [B, D]: so many steps of Heun over the whole of time, each index of the table at most once."""
@@ -80,11 +81,12 @@ class ExactBed:
         """z at t = 0 [B, D] from noise [B, D], one window after the other."""
         return self.path(model, solver, noise, labels)[-1]
 
-    def path(self, model: Model, solver: WindowSolver, noise: Tensor, labels: Tensor) -> list[Tensor]:
-        """z at every boundary of the solver's windows, noise first."""
+    def path(self, model: Model, solver: WindowSolver, noise: Tensor, labels: Tensor, *, backward: bool = False) -> list[Tensor]:
+        """z at every boundary of the solver's windows, noise first; backward: of a backward solver, from samples, which come first."""
         asked = labels if solver.guidance_scale is None else torch.cat([torch.full_like(labels, NULL), labels])
         states = [noise.to(self.dtype)]
-        for k in range(len(solver.windows)):
+        order = range(len(solver.windows))
+        for k in reversed(order) if backward else order:
             window = torch.full((len(noise),), k, device=noise.device)
             states.append(solver.solve(lambda z, t: model(z, t, asked), states[-1], window))
         return states

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reflow.evaluation.frechet import distance_of_moments, moments
 from reflow.evaluation.metrics import paired_error
+from reflow.experiments.beds import scans
 from reflow.experiments.beds.exact import ExactBed, Model
 from reflow.experiments.beds.mixture import CLASSES
 from reflow.experiments.store import Store
@@ -38,7 +39,7 @@ def reference(bed: ExactBed, store: Store, *, samples: int = SAMPLES, guidance: 
     """The noises that everything is measured from, and what the flow makes of them: kept in the store."""
     labels = torch.arange(samples) % CLASSES
     noise = torch.randn((samples, bed.mixture.means.shape[1]), generator=torch.Generator().manual_seed(NOISE_SEED))
-    what = json.dumps(["fine", bed.zero_snr, bed.parts, bed.rank, samples, guidance, steps, NOISE_SEED])
+    what = json.dumps(["fine", bed.zero_snr, scans.digest(bed.scans), samples, guidance, steps, NOISE_SEED])
     name = "fine-" + hashlib.sha256(what.encode()).hexdigest()[:16]
     kept = store.tensors(name, lambda: {"fine": bed.fine(noise.to(bed.device), labels.to(bed.device), guidance=guidance, steps=steps).cpu()}, what)
     place = [value.to(bed.device) for value in (noise, labels, kept["fine"])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -127,8 +127,9 @@ class Labelled:
         return self.mixture.x0_eps(z, self.labels, alpha, sigma)
 
 
-def clusters(rows: Tensor, count: int, rounds: int = 50) -> Tensor:
-    """Cluster [N] of rows [N, D] by Lloyd's rounds from centres far from each other: no chance in it."""
+def clusters(rows: Tensor, count: int, rounds: int = 50, least: int = 1) -> Tensor:
+    """Cluster [N] of rows [N, D] by Lloyd's rounds from centres far from each other: no chance in it. Rows of a cluster of fewer than `least`
+    join the nearest of the others."""
     centres = rows.mean(0, keepdim=True)
     for _ in range(count):
         centres = torch.cat([centres, rows[torch.cdist(rows, centres).min(1).values.argmax()][None]])
@@ -136,23 +137,21 @@ def clusters(rows: Tensor, count: int, rounds: int = 50) -> Tensor:
     for _ in range(rounds):
         nearest = torch.cdist(rows, centres).argmin(1)
         centres = torch.stack([rows[nearest == k].mean(0) if bool((nearest == k).any()) else centres[k] for k in range(count)])
-    return torch.cdist(rows, centres).argmin(1)
+    nearest = torch.cdist(rows, centres).argmin(1)
+    large = [k for k in range(count) if int((nearest == k).sum()) >= least]
+    return torch.cdist(rows, centres[large]).argmin(1)
 
 
-@lru_cache(maxsize=4)
-def fitted(parts: int = 2, rank: int = 6) -> LowRankMixture:
-    """The bundled scans, 8x8 pixels from -1 to 1, as `parts` components of `rank` axes a class, in fp64. The floor is the mean variance of
-    what the axes leave over."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    scans = torch.from_numpy(bunch.images).double().flatten(1) / 8 - 1
-    target = torch.from_numpy(bunch.target).long()
+def fitted(scans: Tensor, target: Tensor, parts: int, rank: int) -> LowRankMixture:
+    """Scans [N, D] in fp64 of classes target [N] as up to `parts` components of `rank` axes a class, each of more scans than axes. The floor is
+    the mean variance of what the axes leave over. Raises ValueError where a class has too few scans."""
     means, axes, variances, left, counts, classes = [], [], [], [], [], []
     for digit in range(CLASSES):
         rows = scans[target == digit]
-        where = clusters(rows, parts)
-        for k in range(parts):
+        if len(rows) <= parts * rank:
+            raise ValueError(f"there are {len(rows)} scans of a {digit}, and {parts} parts of {rank} axes need more than {parts * rank}")
+        where = clusters(rows, parts, least=rank + 1)
+        for k in range(int(where.max()) + 1):
             own = rows[where == k]
             values, vectors = torch.linalg.eigh(torch.cov(own.T, correction=0))
             means.append(own.mean(0))

@@ -14,31 +14,40 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import reflow
 import reflow_kernels
+from reflow.experiments.beds import scans
 from reflow.experiments.beds.exact import Correction, ExactBed, Model, student
 from reflow.experiments.beds.mixture import CLASSES, NULL
+from reflow.experiments.beds.terms import follower, kept_to_teacher, rest_of
 from reflow.experiments.store import Store
-from reflow.flow import ChordTable, Windows, WindowSolver, network_time
+from reflow.flow import ChordTable, Merger, Windows, WindowSolver, network_time
+from reflow.flow.merging import ends, levels
 from reflow.recipes.sections import Objective
 from reflow.training import targets
+from reflow.training.draws import DATA, FORWARD, NOISE, kinds, on_paths
 
 TEACHER_STEPS = 32  # of the whole of time: a stage of K windows solves each in 32 / K
 # What the sources of a student say; a change in one of them makes all students anew.
-SOURCES = ("flow", "training/targets.py", "experiments/beds/mixture.py", "experiments/beds/exact.py", "experiments/beds/students.py")
+BEDS = tuple(f"experiments/beds/{name}.py" for name in ("mixture", "scans", "exact", "students", "terms"))
+SOURCES = ("flow", "training/targets.py", "training/draws.py", *BEDS)
 
 
 @dataclass(frozen=True)
 class Stage:
     """windows: their number, or their edges from 1 to 0. steps: of the optimizer. solver_steps 0: 32 / windows. teacher "previous": the
     stage before solves, one Euler step in each of its windows. objective: (key, value) pairs of [objective] beyond `BASE`. active: numbers of
-    the windows that are trained, all where none is given."""
+    the windows that are trained, all where none is given. rest "teacher": where none is trained, the student is held to the teacher's own
+    velocity, with as many rows again. merges, self_share: windows are cut into 2^merges parts and merge while they are learnt
+    (`reflow.flow.merging`)."""
 
     windows: int | tuple[float, ...]
     steps: int
@@ -46,10 +55,20 @@ class Stage:
     teacher: str = "root"
     solver_steps: int = 0
     active: tuple[int, ...] = ()
+    rest: str = ""
+    merges: int = 0
+    self_share: float = 0.5
 
     @property
     def edges(self) -> Windows:
         return Windows.uniform(self.windows) if isinstance(self.windows, int) else Windows(self.windows)
+
+    @property
+    def parts(self) -> Windows:
+        """What the teacher solves: the windows, or the parts that merge into them."""
+        cuts, edges = 1 << self.merges, self.edges.boundaries
+        inner = [a + (b - a) * i / cuts for a, b in pairwise(edges) for i in range(cuts)]
+        return Windows((*inner, edges[-1]))
 
     def settings(self) -> Objective:
         return Objective(**{**BASE, **dict(self.objective)})
@@ -63,7 +82,7 @@ BASE = {"loss": "mse", "time_density": "window_start", "time_share": 0.8, "time_
 class Student:
     """guidance: of the teacher's solves (1: none). drop: share of rows whose label is dropped, for the teacher as well while that is not
     guided (CFG-sync), for the student alone where it is (CFG-fixed). sees_output: the correction is given the exact output besides z.
-    pairs: solved windows a stage, stored and drawn from."""
+    pairs: solved windows a stage, stored and drawn from. scans: of the bed, a file or folder of them; "" the bundled ones."""
 
     stages: tuple[Stage, ...]
     seed: int = 0
@@ -76,36 +95,48 @@ class Student:
     width: int = 128
     sees_output: bool = True
     pairs: int = 32768
+    scans: str = ""
 
     def bed(self) -> ExactBed:
-        return _bed(self.zero_snr)
+        return _bed(self.zero_snr, self.scans)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, ready for JSON: what the student's name is the hash of."""
+        """Every setting, ready for JSON: what the student's name is the hash of. The scans count by what they are, not by where they lie."""
         stages = [{**asdict(s), "objective": s.settings().model_dump(), "solver_steps": solver_steps(s)} for s in self.stages]
-        return {**asdict(self), "stages": stages, "version": version()}
+        return {**asdict(self), "stages": stages, "scans": scans.digest(self.scans), "version": version()}
 
     def name(self) -> str:
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def reading(self) -> str:
+        """How the output is read in a window."""
+        return self.prediction_type or self.bed().student_type
+
     def table(self) -> ChordTable:
         """Of the last stage's windows."""
-        return self.bed().table(self.stages[-1].edges, self.prediction_type)
+        return self.bed().table(self.stages[-1].edges, self.reading())
 
     def before(self) -> Student:
         """The student without its last stage."""
         return replace(self, stages=self.stages[:-1])
 
     def evaluations(self) -> int:
-        """Network rows that the training costs: the pairs' solves, and three for each sample of a step (forward and backward)."""
+        """Network rows that the training costs: the pairs' solves, three for each sample of a step (forward and backward), and what else a
+        step asks of the network."""
         guided = 1 if self.guidance == 1.0 else 2
         solves = sum(min(self.pairs, s.steps * self.batch) * solver_steps(s) * (guided if s.teacher == "root" else 1) for s in self.stages)
-        return solves + 3 * self.batch * sum(s.steps for s in self.stages)
+        rows = sum(s.steps * (3.0 + (4.0 if s.rest else 0.0) + sum(levels(1 << s.merges, s.merges)) / (1 << s.merges)) for s in self.stages)
+        return solves + round(self.batch * rows)
 
 
 @lru_cache(maxsize=4)
-def _bed(zero_snr: bool) -> ExactBed:
-    return ExactBed(zero_snr=zero_snr)
+def _bed(zero_snr: bool, scans: str) -> ExactBed:
+    return ExactBed(zero_snr=zero_snr, scans=scans)
+
+
+def on(bed: ExactBed, spec: Student) -> Student:
+    """The student on the bed that an experiment was asked for."""
+    return replace(spec, scans=bed.scans)
 
 
 def solver_steps(stage: Stage) -> int:
@@ -113,7 +144,7 @@ def solver_steps(stage: Stage) -> int:
         return stage.solver_steps
     if stage.teacher == "previous":
         return 2
-    return max(1, TEACHER_STEPS // len(stage.edges))
+    return max(1, TEACHER_STEPS // len(stage.parts))
 
 
 @lru_cache(maxsize=4)
@@ -169,7 +200,10 @@ def train(cohort: Sequence[Student], store: Store) -> list[dict[str, Tensor]]:
     if len(spec.stages) > 1:
         before = [weights(one.before(), store, seeds) for one in cohort]
         network.load_state_dict({key: torch.cat([one[key] for one in before]) for key in before[0]})
-    settings, table = stage.settings(), spec.table()
+    settings, parts = stage.settings(), stage.parts
+    table = ChordTable(bed.schedule, parts, spec.reading(), ends=ends(parts, stage.merges), device=device, dtype=bed.dtype)
+    merger = Merger(table, stage.merges, share=stage.self_share) if stage.merges else None
+    rest = rest_of(bed, parts, stage.active, TEACHER_STEPS) if stage.rest else []
     pools = [pool(_pool_key(one), store) for one in cohort]
     parameters = list(network.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -181,8 +215,14 @@ def train(cohort: Sequence[Student], store: Store) -> list[dict[str, Tensor]]:
         rows = [torch.randint(len(p[3]), (spec.batch,), generator=g) for p, g in zip(pools, generators, strict=True)]
         draws = torch.cat([torch.rand((spec.batch, 1, 2), generator=g) for g in generators]).to(device, bed.dtype)
         z_start, z_end, window, labels = (torch.cat([p[i][r.to(device)] for p, r in zip(pools, rows, strict=True)]) for i in range(4))
+        weight = None
+        if merger is not None:
+            z_end = merger.finish(follower(model, parameters, average, labels), z_end, window.cpu())
+            weight = merger.weight[window]
         at = targets.points(z_start, z_end, window, draws, table, settings)
-        loss = targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings).loss * len(cohort)
+        loss = targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings, weight=weight).loss * len(cohort)
+        if rest:
+            loss = loss + kept_to_teacher(bed, network, rest, spec.batch, generators) * len(cohort)
         gradients = torch.autograd.grad(loss, parameters)
         size = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         kept = (1.0 / size.clamp(min=1e-12)).clamp(max=1.0).view(-1, 1, 1)  # the gradient of each seed is at most 1 long
@@ -206,8 +246,8 @@ def rate(step: int, steps: int, warmup: int) -> float:
 def _pool_key(spec: Student) -> Student:
     """The student with all that its pairs do not depend on left out, so that equal pairs are solved once."""
     stage = spec.stages[-1]
-    starts = tuple((key, getattr(stage.settings(), key)) for key in ("starts", "starts_share"))
-    bare = replace(stage, steps=min(stage.steps, -(-spec.pairs // spec.batch)), objective=starts)
+    starts = tuple((key, getattr(stage.settings(), key)) for key in ("starts", "starts_share", "forward_share"))
+    bare = replace(stage, windows=stage.parts.boundaries, steps=min(stage.steps, -(-spec.pairs // spec.batch)), objective=starts, rest="", merges=0)
     earlier = spec.stages[:-1] if stage.teacher == "previous" else ()
     return replace(
         spec, stages=(*earlier, bare), **({} if earlier else {"learning_rate": 1.0, "width": 1, "sees_output": True, "prediction_type": ""})
@@ -218,18 +258,22 @@ def _pool_key(spec: Student) -> Student:
 def pool(spec: Student, store: Store) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solved windows of the last stage: z_start, z_end [N, D], window [N], the student's labels [N].
 
-    From data every window starts at a noised sample of its own; from noise the N rows are the K windows of N / K trajectories."""
+    From data every window starts at a noised sample of its own; on trajectories the rows are the windows of N / K of them, which begin at
+    noise or, backwards, at data, or are noised data themselves, in the shares that the objective says."""
     bed, stage, settings = spec.bed(), spec.stages[-1], spec.stages[-1].settings()
     windows, count = stage.edges, min(spec.pairs, stage.steps * spec.batch)
     generator = torch.Generator().manual_seed(104729 * spec.seed + len(windows))
     guidance = None if spec.guidance == 1.0 else spec.guidance
+    inverter = None
     if stage.teacher == "previous":
         before = spec.before()
         model, solver = trained(before, store), WindowSolver.from_student(before.table(), windows, solver_steps(stage))
     else:
         model, solver = bed.teacher, bed.solver(windows, solver_steps(stage), guidance=guidance)
-    if settings.starts == "noise":
-        count = count // len(stage.active or windows.t_start)
+        inverter = bed.solver(windows, solver_steps(stage), guidance=guidance, backward=True)
+    active = torch.tensor(stage.active or range(len(windows)))
+    if on_paths(settings):
+        count = count // len(active)
     labels = torch.arange(count) % CLASSES
     labels = labels[torch.randperm(count, generator=generator)]
     data = bed.mixture.sample(labels, generator)
@@ -237,15 +281,28 @@ def pool(spec: Student, store: Store) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dropped = torch.rand(count, generator=generator) < spec.drop
     seen = torch.where(dropped, torch.full_like(labels, NULL), labels).to(bed.device)
     asked = seen if guidance is None else labels.to(bed.device)
-    parts, active = [], torch.tensor(stage.active or range(len(windows)))
-    for rows in torch.arange(count).split(1024):
-        if settings.starts == "noise":
-            states = bed.path(model, solver, noise[rows], asked[rows])
-            parts += [(states[k], states[k + 1], torch.full((len(rows),), k), seen[rows]) for k in active.tolist()]
-            continue
-        window = active[rows % len(active)].to(bed.device)
-        begin = bed.table(windows).start(data[rows], noise[rows], window)
+    of, table, parts = kinds(np.arange(count), settings), bed.table(windows), []
+
+    def solved(rows: Tensor, window: Tensor) -> None:
+        begin = table.start(data[rows], noise[rows], window)
         both = asked[rows] if solver.guidance_scale is None else torch.cat([torch.full_like(asked[rows], NULL), asked[rows]])
-        parts.append((begin, solver.solve(lambda z, t, both=both: model(z, t, both), begin, window), window, seen[rows]))
+        parts.append((begin, solver.solve(lambda z, t: model(z, t, both), begin, window), window, seen[rows]))
+
+    for kind in sorted(set(of)) or [DATA]:
+        for rows in torch.from_numpy(np.flatnonzero(of == kind)).split(1024):
+            if kind == NOISE:
+                states = bed.path(model, solver, noise[rows], asked[rows])
+            elif kind == FORWARD:
+                assert inverter is not None, "pairs from data up are the root's"
+                clean = table.alpha_end[-1] * data[rows] + table.sigma_end[-1] * noise[rows]
+                states = bed.path(model, inverter, clean, asked[rows], backward=True)[::-1]
+            elif on_paths(settings):
+                for k in active.tolist():
+                    solved(rows, torch.full((len(rows),), k, device=bed.device))
+                continue
+            else:
+                solved(rows, active[rows % len(active)].to(bed.device))
+                continue
+            parts += [(states[k], states[k + 1], torch.full((len(rows),), k), seen[rows]) for k in active.tolist()]
     z_start, z_end, window, seen = (torch.cat(column) for column in zip(*parts, strict=True))
     return z_start, z_end, window, seen

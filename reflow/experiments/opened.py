@@ -1,0 +1,72 @@
+"""An experiment opened on a bed: where its students and rows lie, and under which version they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reflow.errors import UserError
+from reflow.experiments import cells
+from reflow.experiments.beds import SHORT, measure, scans, students
+from reflow.experiments.beds.exact import Correction, ExactBed, Model
+from reflow.experiments.beds.students import Student
+from reflow.experiments.store import Store
+from reflow.flow import ChordTable
+
+BEDS = ("exact", "mnist")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The experiment `name` with its results in `out`. kind: the bed's name, of `BEDS`; other beds than the first have their own files."""
+
+    name: str
+    out: Path
+    kind: str
+    bed: ExactBed
+    quick: bool
+    report: bool
+
+    @property
+    def store(self) -> Store:
+        """Of students, shared by all experiments whose folders lie side by side."""
+        return Store(self.out.parent / "students")
+
+    def path(self, ending: str) -> Path:
+        return self.out / f"{self.name if self.kind == BEDS[0] else f'{self.name}-{self.kind}'}.{ending}"
+
+    def reference(self, *, guidance: float | None = None, **settings: Any) -> measure.Reference:
+        """Noises and what the flow makes of them, few in the quick form."""
+        return measure.reference(self.bed, self.store, guidance=guidance, **(SHORT if self.quick else settings))
+
+    def make(self, asked: Sequence[cells.Cell], work: Callable[[cells.Cell], dict[str, Any]], *sources: str) -> list[cells.Row]:
+        """`cells.make` under the version of the students, of what measures them and of more sources, named from the package."""
+        version = students.version("experiments/beds/measure.py", *sources)
+        if self.bed.scans:
+            version += f"-{scans.digest(self.bed.scans)}"
+        return cells.make(self.path("jsonl"), asked, work, version, report=self.report)
+
+    def trained(self, spec: Student, seeds: Sequence[int] = ()) -> tuple[Model, ChordTable]:
+        """The student on this bed, and its last stage's windows."""
+        own = students.on(self.bed, spec)
+        return students.trained(own, self.store, seeds), own.table()
+
+    def correction(self, spec: Student) -> Correction:
+        return students.correction_of(students.on(self.bed, spec), self.store)
+
+    def finish(self, rows: Sequence[cells.Row], text: str, found: dict[str, Any]) -> None:
+        cells.finish(self.path("json"), self.name, self.kind, rows, text, found)
+
+
+def opened(name: str, out: Path, *, bed: str = "exact", data: str = "", quick: bool = False, report: bool = False) -> Opened:
+    """Raises UserError for a bed that is not known, and for scans that cannot be read."""
+    if bed not in BEDS:
+        raise UserError(f"{name} is there for --bed {' and '.join(BEDS)}, not {bed!r}.")
+    if bed == "mnist" and not data:
+        raise UserError(f"--bed mnist needs the scans: {scans.HELP}.")
+    if bed != "mnist" and data:
+        raise UserError(f"--data goes with --bed mnist; --bed {bed} has its scans with it.")
+    scans.mixture(data)  # what cannot be read is told before anything is made
+    return Opened(name, out, bed, ExactBed(scans=data), quick, report)
