@@ -22,7 +22,7 @@ from reflow.experiments.figures import COLOURS, canvas, line_over, save
 from reflow.experiments.opened import opened
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
-BUDGETS = (400,)
+BUDGETS = (200, 600, 1800)
 
 
 def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
