@@ -35,7 +35,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
     data: of --bed mnist."""
     at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report)
-    budgets, middle, weights = ((40,), 40, (0.1, 10.0)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
+    budgets, middle, weights = ((30,), 30, (0.1,)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
     place = at.bed
     ref = at.reference()
     arms = [{"arm": arm, "loss": loss} for loss in ("mse", "aligned_v") for arm in ("single", "progressive", "single, equal evaluations")]

@@ -1,6 +1,6 @@
-"""Run under the deepspeed launcher with two ranks: every ZeRO stage, optimizer and precision, whole and cut; other layouts; a full disk.
+"""Run under the deepspeed launcher with two ranks: ZeRO stages, optimizers and precisions, whole and cut; other layouts; a full disk.
 
-Arguments: the folder of results, which holds 'one' when a run of one rank is to be continued here. Writes one JSON.
+Arguments: the folder of results, which holds names.json (what is run) and 'one', a run of one rank that goes on here. Writes one JSON.
 """
 
 import json
@@ -59,10 +59,8 @@ engine.Engine.__init__ = watched
 engine.init_distributed()
 tiny.load_once()
 rank, combinations, resized = dist.get_rank(), [], []
-for zero, optimizer, precision in [(z, "adamw", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "bf16") for z in (0, 2, 3)] + [
-        (z, "adamw8bit", "fp32") for z in (0, 1, 2, 3)] + [(z, "adamw", "lora") for z in (2, 3)] + [(z, "adamw", "merging") for z in (0, 2, 3)] + [
-        (3, "fused_adamw", "fp32")]:
-    name = f"zero{zero}-{optimizer}-{precision}"
+for name in json.loads((out / "names.json").read_text()):
+    zero, optimizer, precision = name.removeprefix("zero").split("-")
     kind = {"lora": ["model.lora_rank=2"], "merging": ["stages.0.windows=1", "stages.0.merges=2", "stages.1.teacher=root"]}.get(
         precision, [f"train.precision={precision}"])
     settings = short(f"train.zero_stage={zero}", f"train.optimizer={optimizer}", *kind)

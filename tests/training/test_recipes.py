@@ -62,7 +62,11 @@ def test_every_model_and_method_that_is_promised_has_a_recipe():
                             "sdxl-proreflow-guided"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# What they set others set too: long tests.
+LIKE_OTHERS = ("sdxl-proreflow", "sdxl-perflow")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in RECIPES])
 def test_a_recipe_trains_all_its_stages(name, bases, tmp_path):
     recipe = small(name, bases)
     assert run.train(recipe, tmp_path / "run") == 0

@@ -104,6 +104,9 @@ assert len(reached) == 1, "the watch sees nothing"
 reached.clear()
 
 from reflow import cli
+from reflow.evaluation import suite
+
+suite.TIMING_BATCH, suite.TIMING_ROUNDS, suite.PATH_STEPS = 4, 1, 8  # how long an image takes is not asked here
 
 class Left(Exception): pass
 def leave(code): raise Left(code)

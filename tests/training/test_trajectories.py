@@ -166,7 +166,8 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("overrides", [
-    (FORWARD, "stages.1.forward_share=0"), ("stages.0.pairs=22", MIXED), ("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"),
+    (FORWARD, "stages.1.forward_share=0"), ("stages.0.pairs=22", MIXED),
+    pytest.param(("stages.0.chords_per_solve=2", "stages.0.windows=2", "stages.1.teacher=root"), marks=pytest.mark.slow),
 ], ids=lambda o: o[0] if o else "")
 def test_a_cut_run_from_noise_ends_bit_equal_and_other_micro_batches_agree_to_rounding(tmp_path, overrides):
     def recipe(micro):
