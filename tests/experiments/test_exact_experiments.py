@@ -14,16 +14,21 @@ from reflow.experiments import (
     cells,
     direction_vs_magnitude,
     guidance,
+    losses,
     parameterisations,
     progressive_paths,
+    steps,
     time_density,
     velocity_discrepancy,
+    windows,
 )
-from reflow.experiments.beds import SHORT, measure, students
-from reflow.experiments.beds.exact import ExactBed, untrained
+from reflow.experiments.beds import SHORT, features, measure, students
+from reflow.experiments.beds.exact import Correction, ExactBed, student, untrained
+from reflow.experiments.beds.fitting import fit
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.store import Store
-from reflow.flow import Windows
+from reflow.flow import Windows, network_time
+from reflow.training import targets
 
 ALL = {
     "time-density": time_density,
@@ -33,6 +38,9 @@ ALL = {
     "direction-vs-magnitude": direction_vs_magnitude,
     "guidance": guidance,
     "parameterisations": parameterisations,
+    "losses": losses,
+    "steps": steps,
+    "windows": windows,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -159,6 +167,60 @@ def test_parameterisations(folder, capsys):
     assert min(begins["diff_eps"], begins["velocity"]) > 1.5 * begins["ddim_eps"]
 
 
+def test_losses(folder, capsys):
+    _, found = made(folder, "losses", capsys)
+    assert {line["windows"] for line in found["arms"]} == {1, 4}
+    x = torch.randn((6, 64), generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    seen = features.look(x)
+    torch.testing.assert_close(seen.norm(dim=1), torch.ones(6))
+    assert float((seen - features.look(x.clone())).abs().max()) == 0 and float((seen - features.look(x.flip(1))).norm(dim=1).min()) > 0.1
+    # Alone and beside others the trainer of other losses makes what the students' own makes.
+    spec, store = Student((Stage(4, 30),), pairs=512), Store(folder / "students")
+    bed, network, table, pairs = ExactBed(), Correction(64, seeds=(0,)), spec.table(), students.pool(spec, store)
+    generator, settings, model = torch.Generator().manual_seed(1), spec.stages[0].settings(), student(ExactBed(), network)
+
+    def loss(_):
+        rows, draws = torch.randint(len(pairs[3]), (128,), generator=generator), torch.rand((128, 1, 2), generator=generator)
+        z_start, z_end, window, labels = (value[rows] for value in pairs)
+        at = targets.points(z_start, z_end, window, draws, table, settings)
+        return targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings).loss
+
+    for name, value in fit(network, loss, 30).items():
+        torch.testing.assert_close(value, students.weights(spec, store)[name], rtol=1e-3, atol=1e-4)
+    assert bed.clean()[0] > 0.99
+
+
+def test_steps(folder, capsys):
+    _, found = made(folder, "steps", capsys)
+    untouched = {line["steps"]: line["paired"]["mean"] for line in found["arms"] if line["arm"] == "untrained"}
+    assert untouched[4] == pytest.approx(found["teacher"]["4"]["paired"], rel=1e-4) and untouched[4] > untouched[5] > untouched[8]
+    assert steps.split(8) == [2, 2, 2, 2] and sorted(steps.split(5)) == [1, 1, 1, 2]
+    bed, z, labels = ExactBed(dtype=torch.float64), torch.randn((10, 64), generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.arange(10)
+    table = bed.table(Windows.uniform(4))
+    ours = steps.sampled(bed, untrained(bed), table, [3, 3, 3, 3], z, labels)
+    torch.testing.assert_close(ours, bed.sample(untrained(bed), bed.student_solver(table, 3), z, labels), rtol=0, atol=1e-12)
+
+
+def test_windows(folder, capsys):
+    _, found = made(folder, "windows", capsys)
+    assert found["cuts"][0]["edges"] == [1.0, 0.5, 0.0]
+    bed, ref = ExactBed(), measure.reference(ExactBed(), Store(folder / "students"), **SHORT)
+    for cut in windows.CUTS:
+        density = windows.density(bed, cut, ref)
+        for count in (2, 4):
+            edges = windows.edges_of(density, count)
+            whole = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
+            at = [float(torch.tensor(list(whole))[round((1 - edge) * windows.GRID)]) for edge in edges]
+            assert [b - a for a, b in zip(at, at[1:])] == pytest.approx([1 / count] * count, abs=2.5 * float(density.max()))
+    alpha, sigma = bed.schedule.alpha_sigma(torch.tensor([1.0, windows.edges_of(windows.density(bed, "equal log-SNR", ref), 2)[1], 0.0], dtype=torch.float64))
+    ratio = (sigma / alpha).log()
+    assert float(ratio[1]) == pytest.approx(float(ratio[0] + ratio[2]) / 2, abs=0.02)
+    crowded = torch.zeros(windows.GRID, dtype=torch.float64)
+    crowded[0] = 1.0  # all of it in the first half percent of time: windows still hold the teacher's steps
+    edges = windows.edges_of(crowded, 8)
+    assert min(a - b for a, b in zip(edges, edges[1:])) >= 0.004 - 1e-9 and len(edges) == 9
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -175,6 +237,9 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "direction-vs-magnitude": lambda: {"arms": direction_vs_magnitude.gathered(rows)},
         "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
         "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
+        "losses": lambda: {"arms": losses.gathered(rows)},
+        "steps": lambda: {"arms": steps.gathered(rows)},
+        "windows": lambda: {"cuts": windows.gathered(rows)},
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
