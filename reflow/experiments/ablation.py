@@ -27,7 +27,7 @@ DENSITIES = {
 }
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 NORMS = ("window_speed", "none")
-BUDGETS, MIDDLE = (150, 500, 1500), 500
+BUDGETS, MIDDLE = (150, 500, 1500, 5000), 500
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 
@@ -174,5 +174,5 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], budgets: tupl
         line_over(axes[2], [w["weight"] for w in mine], [cells.Interval(**w["less_plain"]) for w in mine], f"{density}; weight {said}", colour)
     axes[2].axhline(0.0, color="0.35", linewidth=1)
     axes[2].set(xscale="log", xlabel="direction weight", ylabel="aligned less plain", title=f"Weight of the direction, {middle} steps")
-    axes[2].legend(frameon=False)
+    axes[2].legend(frameon=False, loc="center left")
     save(figure, path)
