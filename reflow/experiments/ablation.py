@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from reflow.experiments import cells
-from reflow.experiments.beds import measure
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.opened import opened
+from reflow.experiments.opened import BEDS, opened
 
 DENSITIES = {
     "near start": {},
@@ -28,18 +27,19 @@ DENSITIES = {
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 NORMS = ("window_speed", "none")
 BUDGETS, MIDDLE = (150, 500, 1500, 5000), 500
+ON_DIGITS = 200
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 
 def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick: bool = False, report: bool = False) -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report)
+    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
     budgets, middle, weights = ((30,), 30, (0.1,)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
-    place = at.bed
-    ref = at.reference()
+    if at.digits:  # minutes a student: one budget and weight
+        budgets, middle, weights = (middle if quick else ON_DIGITS,), middle if quick else ON_DIGITS, ()
     arms = [{"arm": arm, "loss": loss} for loss in ("mse", "aligned_v") for arm in ("single", "progressive", "single, equal evaluations")]
-    usual = {"weight": 1.0, "norm": "window_speed"}
+    usual = {"weight": 1.0, "norm": "window_speed", **({"pairs": 8192} if at.digits else {})}
     asked = [{**arm, "density": density, "steps": middle, **usual} for density in DENSITIES for arm in arms]
     asked += [{"arm": "single", "loss": "aligned_v", "density": density, "steps": middle, "weight": w, "norm": norm}
               for density in DENSITIES for norm in NORMS for w in weights
@@ -48,11 +48,11 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick:
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, *at.trained(spec, range(seeds)), ref, (1, 2))
+        found = at.of_student(spec, (1, 2), seeds=range(seeds))
         return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
     rows = at.make(cells.seeded(asked, seeds), work)
-    found = {"teacher_4": measure.of_teacher(place, 4, ref), "differences": differences(rows), "weights": by_weight(rows)}
+    found = {"teacher_4": at.of_teacher(4), "differences": differences(rows), "weights": by_weight(rows)}
     draw(at.path("png"), rows, found, budgets, middle)
     at.finish(rows, text(rows, found), found)
 
@@ -63,12 +63,13 @@ def student_of(cell: cells.Cell) -> Student:
     if cell["loss"] == "aligned_v":
         objective.update(direction_weight=cell["weight"], direction_norm=cell["norm"])
     keys, steps = tuple(sorted(objective.items())), cell["steps"]
-    progressive = Student((Stage(8, steps // 2, keys), Stage(4, steps - steps // 2, keys)), seed=cell["seed"])
+    pairs = cell.get("pairs", Student.pairs)
+    progressive = Student((Stage(8, steps // 2, keys), Stage(4, steps - steps // 2, keys)), seed=cell["seed"], pairs=pairs)
     if cell["arm"] == "progressive":
         return progressive
     if cell["arm"] == "single, equal evaluations":
         return equal_cost(progressive, keys)
-    return Student((Stage(4, steps, keys),), seed=cell["seed"])
+    return Student((Stage(4, steps, keys),), seed=cell["seed"], pairs=pairs)
 
 
 def equal_cost(progressive: Student, objective: tuple[tuple[str, Any], ...]) -> Student:
@@ -76,7 +77,7 @@ def equal_cost(progressive: Student, objective: tuple[tuple[str, Any], ...]) -> 
     low, high = 1, 8 * sum(stage.steps for stage in progressive.stages)
 
     def of(steps: int) -> Student:
-        return Student((Stage(progressive.stages[-1].windows, steps, objective),), seed=progressive.seed)
+        return Student((Stage(progressive.stages[-1].windows, steps, objective),), seed=progressive.seed, pairs=progressive.pairs)
 
     while high - low > 1:
         half = (low + high) // 2

@@ -13,34 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from reflow.experiments import cells
-from reflow.experiments.beds import measure
-from reflow.experiments.beds.exact import untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.opened import opened
-from reflow.flow import Windows
+from reflow.experiments.opened import BEDS, opened
 
 KINDS = ("ddim_eps", "diff_eps", "velocity")
-BUDGETS = (0, 100, 300, 1000)
+BUDGETS, ON_DIGITS = (0, 100, 300, 1000), (0, 50, 200)
 
 
 def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("parameterisations", out, bed=bed, data=data, quick=quick, report=report)
-    budgets = (0, 30) if quick else BUDGETS
-    place = at.bed
-    ref = at.reference()
+    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("parameterisations", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
+    budgets = (0, 30) if quick else ON_DIGITS if at.digits else BUDGETS
     asked = cells.seeded([{"kind": kind, "steps": steps} for steps in budgets for kind in KINDS], seeds)
 
     def work(cell: cells.Cell) -> dict[str, Any]:
-        if not cell["steps"]:
-            return measure.of_student(place, untrained(place), place.table(Windows.uniform(4), cell["kind"]), ref)["4"]
-        spec = Student((Stage(4, cell["steps"]),), seed=cell["seed"], prediction_type=cell["kind"])
-        return measure.of_student(place, *at.trained(spec, range(seeds)), ref)["4"]
+        pairs = 8192 if at.digits else Student.pairs
+        spec = Student((Stage(4, cell["steps"]),), seed=cell["seed"], prediction_type=cell["kind"], pairs=pairs)
+        return at.of_student(spec, seeds=range(seeds))["4"]
 
     rows = at.make(asked, work)
-    found = {"teacher_4": measure.of_teacher(place, 4, ref), "kinds": gathered(rows)}
+    found = {"teacher_4": at.of_teacher(4), "kinds": gathered(rows)}
     draw(at.path("png"), found, budgets)
     at.finish(rows, text(found, budgets), found)
 

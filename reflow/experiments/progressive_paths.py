@@ -16,22 +16,19 @@ from typing import Any
 
 from reflow.experiments import cells
 from reflow.experiments.ablation import equal_cost
-from reflow.experiments.beds import measure
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.figures import COLOURS, canvas, line_over, save
-from reflow.experiments.opened import opened
+from reflow.experiments.opened import BEDS, opened
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
-BUDGETS = (200, 600, 1800)
+BUDGETS, ON_DIGITS = (200, 600, 1800), (200,)
 
 
 def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("progressive-paths", out, bed=bed, data=data, quick=quick, report=report)
-    paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, BUDGETS)
-    place = at.bed
-    ref = at.reference()
+    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("progressive-paths", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
+    paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, ON_DIGITS if at.digits else BUDGETS)
     asked = []
     for steps in budgets:
         for path in paths:
@@ -40,11 +37,10 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
 
     def work(cell: cells.Cell) -> dict[str, Any]:
         spec = student_of(cell)
-        found = measure.of_student(place, *at.trained(spec, range(seeds)), ref)
-        return {"at": found, "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
+        return {"at": at.of_student(spec, seeds=range(seeds)), "evaluations": spec.evaluations(), "steps": sum(stage.steps for stage in spec.stages)}
 
     rows = at.make(cells.seeded(asked, seeds), work)
-    found = {"teacher": {k: measure.of_teacher(place, k, ref) for k in sorted({path[-1] for path in paths})}, "paths": gathered(rows)}
+    found = {"teacher": {k: at.of_teacher(k) for k in sorted({path[-1] for path in paths})}, "paths": gathered(rows)}
     draw(at.path("png"), found, budgets)
     at.finish(rows, text(found, budgets), found)
 
