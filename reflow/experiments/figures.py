@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ def line_over(
     axis.plot(places, means, color=colour, label=label, marker=marker, markersize=3.5, linewidth=1.6, linestyle=style)
     if all(v.low is not None for v in values):
         axis.fill_between(places, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.18, linewidth=0)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Of one logarithmic axis (`axes.yaxis`): 1, 2 and 5 of every power of ten that is in sight, as plain numbers."""
+    low, high = axis.get_view_interval()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    places = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    axis.set_ticks(places, [f"{place:g}" for place in places])
+    axis.set_ticks([], minor=True)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -19,7 +19,7 @@ from reflow.experiments import cells
 from reflow.experiments.beds import features, measure, students
 from reflow.experiments.beds.exact import Correction, student
 from reflow.experiments.beds.students import Stage, Student
-from reflow.experiments.figures import COLOURS, canvas, save
+from reflow.experiments.figures import COLOURS, canvas, plain_ticks, save
 from reflow.experiments.opened import Opened, opened
 
 HUBER = {"loss": "pseudo_huber", "huber_norm": "sample", "huber_c": 5.4e-4}
@@ -135,5 +135,6 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axis.set_yticks(range(len(found["arms"])), [line["arm"] for line in found["arms"]] if axis is axes[0] else [""] * len(found["arms"]))
         axis.set(xscale="log", xlabel={"paired": "paired error", "frechet": "Fréchet distance"}[key], title=title)
         axis.invert_yaxis()
+        plain_ticks(axis.xaxis)
     axes[1].legend(frameon=False)
     save(figure, path)

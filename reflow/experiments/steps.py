@@ -21,7 +21,7 @@ from reflow.experiments import cells
 from reflow.experiments.beds import measure
 from reflow.experiments.beds.exact import ExactBed, Model, untrained
 from reflow.experiments.beds.students import Stage, Student
-from reflow.experiments.figures import COLOURS, canvas, line_over, save
+from reflow.experiments.figures import COLOURS, canvas, line_over, plain_ticks, save
 from reflow.experiments.opened import opened
 from reflow.flow import ChordTable, Windows, WindowSolver
 from reflow.sampling import PiecewiseFlowScheduler
@@ -118,8 +118,9 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=SAID[key])
         axis.set_xticks(counts, [str(n) for n in counts], minor=False)
         axis.minorticks_off()
+        plain_ticks(axis.yaxis)
     axes[0].set_title("To the flow from the same noise")
     axes[1].set_title("To the data")
     axes[2].set_title("To the teacher's samples")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False)
     save(figure, path)

@@ -21,7 +21,7 @@ from reflow.experiments import cells
 from reflow.experiments.beds import measure
 from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import TEACHER_STEPS, Stage, Student
-from reflow.experiments.figures import COLOURS, canvas, line_over, save
+from reflow.experiments.figures import COLOURS, canvas, line_over, plain_ticks, save
 from reflow.experiments.opened import opened
 from reflow.flow import Windows
 
@@ -134,5 +134,6 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         counts = sorted({line["windows"] for line in found["cuts"]})
         axis.set_xticks(counts, [str(k) for k in counts], minor=False)
         axis.minorticks_off()
+        plain_ticks(axis.yaxis)
     axes[0].legend(frameon=False)
     save(figure, path)
