@@ -76,7 +76,7 @@ def shares(amounts: Tensor) -> Tensor:
 
 def edges_of(density: Tensor, count: int) -> tuple[float, ...]:
     """Windows that hold equal shares, on the grid of 1/1000, each wide enough for the teacher's steps in it."""
-    least = max(2, -(-TEACHER_STEPS // count)) / 1000
+    least = (-(-TEACHER_STEPS // count) + 2) / 1000  # the last window has two indices of the table less than its width says
     whole = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
     t = torch.linspace(1.0, 0.0, len(whole), dtype=torch.float64)
     edges = [1.0]

@@ -215,10 +215,11 @@ def test_windows(folder, capsys):
     alpha, sigma = bed.schedule.alpha_sigma(torch.tensor([1.0, windows.edges_of(windows.density(bed, "equal log-SNR", ref), 2)[1], 0.0], dtype=torch.float64))
     ratio = (sigma / alpha).log()
     assert float(ratio[1]) == pytest.approx(float(ratio[0] + ratio[2]) / 2, abs=0.02)
-    crowded = torch.zeros(windows.GRID, dtype=torch.float64)
-    crowded[0] = 1.0  # all of it in the first half percent of time: windows still hold the teacher's steps
-    edges = windows.edges_of(crowded, 8)
-    assert min(a - b for a, b in zip(edges, edges[1:])) >= 0.004 - 1e-9 and len(edges) == 9
+    for first in (0, -1):  # all of it at one end of time: windows still hold the teacher's steps
+        crowded = torch.zeros(windows.GRID, dtype=torch.float64)
+        crowded[first] = 1.0
+        edges = windows.edges_of(crowded, 8)
+        bed.solver(Windows(edges), 4)
 
 
 @pytest.mark.parametrize("name", ALL)
