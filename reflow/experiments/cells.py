@@ -105,7 +105,7 @@ def paired(rows: Sequence[Row], others: Sequence[Row], value: Callable[[dict[str
 def told(interval: Interval, digits: int = 4, sign: bool = False) -> str:
     """As 0.0312 ± 0.0006, or the mean alone where a single seed has no interval and where no seed counts."""
     mean = f"{interval.mean:{'+' if sign else ''}.{digits}f}"
-    return f"{mean} ± {interval.half_width:.{digits}f}" if interval.half_width else mean
+    return f"{mean} ± {interval.half_width:.{digits}f}" if interval.half_width and interval.half_width > 1e-9 else mean
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

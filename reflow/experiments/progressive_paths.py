@@ -21,7 +21,7 @@ from reflow.experiments.figures import COLOURS, canvas, line_over, save
 from reflow.experiments.opened import BEDS, opened
 
 PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 2, 1))
-BUDGETS, ON_DIGITS = (200, 600, 1800), (200,)
+BUDGETS, ON_DIGITS = (200, 600), (200,)
 
 
 def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:

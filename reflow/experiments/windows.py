@@ -129,6 +129,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             line_over(axis, [line["windows"] for line in mine], [cells.Interval(**line["paired"]) for line in mine], cut, colour)
     axes[0].set(xlabel="t (noise is 1)", ylabel="share of a window an interval of time", yscale="log", title="What the cuts make equal")
     axes[0].invert_xaxis()
+    plain_ticks(axes[0].yaxis)
     for axis, title in zip(axes[1:], ("Untrained", f"After {max(line['steps'] for line in found['cuts'])} steps"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="windows and steps", ylabel="paired error", title=title)
         counts = sorted({line["windows"] for line in found["cuts"]})
