@@ -14,6 +14,7 @@ from reflow.experiments import (
     cells,
     direction_vs_magnitude,
     guidance,
+    half_straightening,
     parameterisations,
     progressive_paths,
     time_density,
@@ -33,6 +34,7 @@ ALL = {
     "direction-vs-magnitude": direction_vs_magnitude,
     "guidance": guidance,
     "parameterisations": parameterisations,
+    "half-straightening": half_straightening,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -159,6 +161,17 @@ def test_parameterisations(folder, capsys):
     assert min(begins["diff_eps"], begins["velocity"]) > 1.5 * begins["ddim_eps"]
 
 
+def test_half_straightening(folder, capsys):
+    rows, found = made(folder, "half-straightening", capsys)
+    path = {name: cells.select(rows, training=name, seed=0)[0]["result"]["pixels"] for name in half_straightening.TRAININGS}
+    for pixel in range(3):  # until the split nobody knows which half's student comes next
+        assert path["clean, teacher elsewhere"][pixel][:10] == found["none"]["t = .5"]["pixels"][pixel][:10]
+        assert path["noisy"][pixel][:10] == path["noisy, teacher elsewhere"][pixel][:10] == path["a student each"][pixel][:10]
+        assert path["clean"][pixel][:10] != path["clean, teacher elsewhere"][pixel][:10]
+    assert found["none"]["t = .5"]["9,9"]["paired"] < found["none"]["t = .5"]["1,1"]["paired"]
+    assert {line["training"] for line in found["trainings"]} == set(half_straightening.TRAININGS)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -175,6 +188,10 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "direction-vs-magnitude": lambda: {"arms": direction_vs_magnitude.gathered(rows)},
         "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
         "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
+        "half-straightening": lambda: {
+            "trainings": half_straightening.gathered(rows, summary["found"]["none"]),
+            "halves": half_straightening.compared(rows),
+        },
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
