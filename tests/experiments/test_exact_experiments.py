@@ -17,6 +17,7 @@ from reflow.experiments import (
     half_straightening,
     parameterisations,
     progressive_paths,
+    stochasticity,
     time_density,
     velocity_discrepancy,
 )
@@ -35,6 +36,7 @@ ALL = {
     "guidance": guidance,
     "parameterisations": parameterisations,
     "half-straightening": half_straightening,
+    "stochasticity": stochasticity,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -172,6 +174,15 @@ def test_half_straightening(folder, capsys):
     assert {line["training"] for line in found["trainings"]} == set(half_straightening.TRAININGS)
 
 
+def test_stochasticity(folder, capsys):
+    _, found = made(folder, "stochasticity", capsys)
+    at = {(x["sampler"], x["score"], x["evaluations"]): x["frechet"]["mean"] for x in found["samplers"]}
+    for name in ("ancestral", "VP SDE", "VE SDE", "sub-VP SDE", "Heun"):
+        assert at[name, "exact", 20] < at[name, "exact", 5]
+    assert at["VP SDE", "exact", 5] > 2 * at["VP flow, Euler", "exact", 5]  # noise that few steps cannot use
+    assert at["Heun, Karras's levels", "15 % wrong", 20] > at["Heun, Karras's levels", "exact", 20]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -192,6 +203,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
             "trainings": half_straightening.gathered(rows, summary["found"]["none"]),
             "halves": half_straightening.compared(rows),
         },
+        "stochasticity": lambda: {"samplers": stochasticity.gathered(rows), "pairs": stochasticity.compared(rows)},
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))

@@ -1,0 +1,213 @@
+"""Samplers that draw noise against samplers that draw none, by evaluations and by how wrong the score is.
+
+    reflow experiment stochasticity --bed exact
+
+The 6.s978 project, "Diffusion Meets Flow Matching", EDM (arXiv 2206.00364) and Restart (2306.14878) say that deterministic samplers win at few
+evaluations and stochastic ones at many, since noise washes out the errors that an imperfect score has made; a perfect score makes none. The
+score is exact, or eps plus 5 % or 15 % (in RMS of eps over the table) of a fixed random field of (z, t), the same error at the same place as a
+trained network's is; its length is .5 in RMS pixels (samples are wrong in ways of their own) or 4 (nearly one error for all), and it is even
+over time in v, as of a network whose output is scaled well, or in eps, which is wrong by whole pixels where noise is all there is. Paths start
+at noised data, so that nothing else is wrong, or, with the exact score, at pure noise, which the table's last entry is not quite. Three pairs
+differ in their noise alone: ancestral and DDIM, EDM's churn and Heun on Karras's levels, the reverse VP SDE and the Euler steps of its flow.
+Heun's kind takes two evaluations a step, of an odd number one less. Only laws are compared: Fréchet distance of pixels to the exact moments,
+and -log p. One row a sampler, score, number of evaluations and seed (starts, noises and field); nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reflow.experiments import cells
+from reflow.experiments.beds import measure, samplers
+from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds.mixture import CLASSES
+from reflow.experiments.beds.samplers import Diffusion, Field, Network
+from reflow.experiments.figures import COLOURS, canvas, line_over, save
+from reflow.experiments.opened import opened
+from reflow.flow import Windows
+
+EVALUATIONS = (5, 10, 20, 50, 100, 200, 500)
+CHURN = 40.0
+DETERMINISTIC = {"DDIM": COLOURS[0], "Heun": COLOURS[1], "Heun, Karras's levels": COLOURS[2], "VP flow, Euler": COLOURS[6]}
+STOCHASTIC = {"ancestral": COLOURS[0], "EDM churn": COLOURS[2], "VP SDE": COLOURS[6], "VE SDE": COLOURS[3], "sub-VP SDE": COLOURS[4]}
+PAIRS = {"ancestral": "DDIM", "EDM churn": "Heun, Karras's levels", "VP SDE": "VP flow, Euler"}
+# name -> (share of eps, the field's length in RMS pixels and what it is even in, where paths start)
+SCORES = {
+    "exact": (0.0, 0.0, "", "data"),
+    "exact, from pure noise": (0.0, 0.0, "", "noise"),
+    "5 % wrong": (0.05, 0.5, "v", "data"),
+    "15 % wrong": (0.15, 0.5, "v", "data"),
+    "15 %, one error for all": (0.15, 4.0, "v", "data"),
+    "15 %, even in eps": (0.15, 0.5, "eps", "data"),
+}
+SAMPLES = 1500
+MEASURES = {"frechet": "Fréchet distance", "nll": "-log p a pixel (nats)"}
+BEST = "the best of each kind"
+
+
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+    """Sample, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
+    data: of --bed mnist."""
+    at = opened("stochasticity", out, bed=bed, data=data, quick=quick, report=report)
+    place, counts, samples = at.bed, (5, 20) if quick else EVALUATIONS, 100 if quick else SAMPLES
+    scores = ("exact", "15 % wrong") if quick else tuple(SCORES)
+    asked = [{"sampler": "data", "score": "", "evaluations": 0, "samples": samples, "seed": seed} for seed in range(seeds)]
+    asked += cells.seeded([{"sampler": name, "score": score, "evaluations": n, "samples": samples}
+                           for score in scores for name in (*DETERMINISTIC, *STOCHASTIC) for n in counts], seeds)  # fmt: skip
+
+    def work(cell: cells.Cell) -> dict[str, Any]:
+        labels = torch.arange(cell["samples"]) % CLASSES
+        return of_law(place, sampled(place, cell, labels), labels)
+
+    rows = at.make(asked, work, "experiments/beds/samplers.py")
+    found = {"samplers": gathered(rows), "pairs": compared(rows)}
+    draw(at.path("png"), rows, scores, counts)
+    at.finish(rows, text(found, scores, counts), found)
+
+
+def of_law(bed: ExactBed, found: Tensor, labels: Tensor) -> dict[str, float]:
+    """What `measure.of_samples` tells of a law, without a partner from the same noise."""
+    whole = measure.of_samples(bed, found, measure.Reference(found, labels, found))
+    return {key: whole[key] for key in MEASURES}
+
+
+def sampled(bed: ExactBed, cell: cells.Cell, labels: Tensor) -> Tensor:
+    """Samples [N, D] at the clean end of the table."""
+    generator = torch.Generator().manual_seed(88_001 + cell["seed"])
+    data = bed.mixture.sample(labels, generator)
+    drawn = torch.randn(data.shape, generator=generator).to(data)
+    if cell["sampler"] == "data":
+        return bed.clean()[0] * data + bed.clean()[1] * drawn
+    share, length, even, starts = SCORES[cell["score"]]
+    field = field_of(bed, length, even, cell["seed"]) if share else None
+    network, (largest, smallest) = Network(bed.mixture, labels, share, field), samplers.ends(bed)
+    shrink = 1.0 / math.hypot(1.0, largest)
+    x = drawn if starts == "noise" else shrink * data + largest * shrink * drawn
+    return sample(bed, cell["sampler"], network, x, (largest, smallest), cell["evaluations"], generator)
+
+
+@lru_cache(maxsize=8)
+def field_of(bed: ExactBed, length: float, even: str, seed: int) -> Field:
+    return samplers.like_eps(bed, Field.drawn(bed.mixture.means.shape[1], length, seed, even, bed.dtype))
+
+
+def sample(
+    bed: ExactBed, name: str, network: Network, x: Tensor, levels: tuple[float, float], evaluations: int, generator: torch.Generator
+) -> Tensor:
+    """From x [N, D] at the noisy end of the table, where alpha^2 + sigma^2 = 1, to its clean end; levels: sigma / alpha at both."""
+    if name in ("DDIM", "Heun"):
+        steps, method = (evaluations, "ddim") if name == "DDIM" else (evaluations // 2, "heun")
+        return bed.sample(network.on(bed.schedule), bed.solver(Windows.uniform(1), steps, method=method), x, network.labels)
+    if name == "ancestral":
+        return samplers.ancestral(network, x, *samplers.table(bed, evaluations), generator)
+    if name in ("EDM churn", PAIRS["EDM churn"]):
+        churn = CHURN if name == "EDM churn" else 0.0
+        z = samplers.churned(network, x * math.hypot(1.0, levels[0]), samplers.karras(*levels, evaluations // 2), generator, churn=churn)
+        return z / math.hypot(1.0, levels[1])
+    diffusion = Diffusion(name.split()[0], *levels)
+    first, last = (math.hypot(*diffusion.alpha_sigma(s)) for s in diffusion.times(1))
+    return samplers.reversed_in_time(network, x * first, diffusion, evaluations, generator, noise=0.0 if "flow" in name else 1.0) / last
+
+
+def gathered(rows: list[cells.Row]) -> list[dict[str, Any]]:
+    """Each sampler's law at each number of evaluations."""
+    found = []
+    for name, score, n in dict.fromkeys(tuple(r["cell"][key] for key in ("sampler", "score", "evaluations")) for r in rows):
+        mine = cells.select(rows, sampler=name, score=score, evaluations=n)
+        each = {key: cells.over_seeds(mine, lambda r, key=key: r[key]).as_dict() for key in MEASURES}
+        found.append({"sampler": name, "score": score, "evaluations": n, **each})
+    return found
+
+
+def compared(rows: list[cells.Row]) -> list[dict[str, Any]]:
+    """Of each pair (and of the best of each kind) the stochastic one's Fréchet distance less the other's, and where it goes below."""
+    found = []
+    counts = sorted({r["cell"]["evaluations"] for r in rows} - {0})
+    value = {tuple(r["cell"][key] for key in ("sampler", "score", "evaluations", "seed")): r["result"]["frechet"] for r in rows}
+    seeds = sorted({r["cell"]["seed"] for r in rows})
+    for score in dict.fromkeys(r["cell"]["score"] for r in rows if r["cell"]["score"]):
+        for mine, theirs in (*(((a,), (b,)) for a, b in PAIRS.items()), (tuple(STOCHASTIC), tuple(DETERMINISTIC))):
+            less = {seed: [min(value[a, score, n, seed] for a in mine) - min(value[b, score, n, seed] for b in theirs) for n in counts]
+                    for seed in seeds}  # fmt: skip
+            places = [crossing(counts, less[seed]) for seed in seeds]
+            line: dict[str, Any] = {"score": score, "pair": f"{mine[0]} less {theirs[0]}" if len(mine) == 1 else BEST, "crossings": places}
+            line["less"] = {str(n): cells.t_interval([less[seed][i] for seed in seeds]).as_dict() for i, n in enumerate(counts)}
+            if all(p is not None and p > counts[0] for p in places):
+                line["log_crossing"] = cells.t_interval([math.log(p) for p in places if p]).as_dict()
+            found.append(line)
+    return found
+
+
+def crossing(counts: list[int], less: list[float]) -> float | None:
+    """The number of evaluations, read off between the counts on a log scale, from which the difference stays below zero; None where it is
+    not below at the last count, the first count where it never is above."""
+    if less[-1] >= 0:
+        return None
+    above = [i for i, value in enumerate(less) if value >= 0]
+    if not above:
+        return float(counts[0])
+    i = above[-1]
+    share = less[i] / (less[i] - less[i + 1])
+    return math.exp(math.log(counts[i]) + share * (math.log(counts[i + 1]) - math.log(counts[i])))
+
+
+def told_crossing(line: dict[str, Any], last: int) -> str:
+    if "log_crossing" in line:
+        one = cells.Interval(**line["log_crossing"])
+        between = "" if one.low is None else f" [{math.exp(one.low):.0f}, {math.exp(one.high):.0f}]"
+        return f"{math.exp(one.mean):.0f}{between}"
+    never = sum(place is None for place in line["crossings"])
+    if never == len(line["crossings"]):
+        return f"not crossed up to {last}"
+    each = ", ".join(f"not up to {last}" if p is None else f"{p:.0f}" for p in line["crossings"])
+    return f"by seed: {each}"
+
+
+def text(found: dict[str, Any], scores: tuple[str, ...], counts: tuple[int, ...]) -> str:
+    blocks = []
+    data = next(line for line in found["samplers"] if line["sampler"] == "data")
+    for key, said in MEASURES.items():
+        lines = [["the data themselves", "", *[""] * (len(counts) - 1), cells.told(cells.Interval(**data[key]), 3)]]
+        for score in scores:
+            for name in (*DETERMINISTIC, *STOCHASTIC):
+                mine = {line["evaluations"]: line for line in found["samplers"] if (line["score"], line["sampler"]) == (score, name)}
+                lines.append([name, score, *(cells.told(cells.Interval(**mine[n][key]), 3) for n in counts)])
+        blocks.append(f"{said}:\n\n" + cells.table(["sampler", "score", *counts], lines))
+    lines = []
+    for line in found["pairs"]:
+        each = [cells.told(cells.Interval(**line["less"][str(n)]), 3, True) for n in counts]
+        lines.append([line["score"], line["pair"], *each, told_crossing(line, counts[-1])])
+    heads = ["score", "Fréchet distance, stochastic less deterministic", *counts, "crosses at [95 %]"]
+    blocks.append(cells.table(heads, lines))
+    end = "Columns are evaluations. ± is half a 95 % interval over seeds, of paired differences where they are differences; `" + BEST
+    return "\n".join(blocks) + f"\n{end}` is chosen at each number and seed.\n"
+
+
+def draw(path: Path, rows: list[cells.Row], scores: tuple[str, ...], counts: tuple[int, ...]) -> None:
+    figure, axes = canvas(2, len(scores), width=3.1 * len(scores), height=7.4)
+    for r, (key, said) in enumerate(MEASURES.items()):
+        floor = cells.over_seeds(cells.select(rows, sampler="data"), lambda x, key=key: x[key]).mean
+        for axis, score in zip(axes[r * len(scores) :], scores, strict=False):
+            lowest = []
+            for names, style, mark in ((DETERMINISTIC, "-", "o"), (STOCHASTIC, "--", "^")):
+                for name, colour in names.items():
+                    mine = [cells.over_seeds(cells.select(rows, sampler=name, score=score, evaluations=n), lambda x, key=key: x[key]) for n in counts]
+                    lowest.append(min(one.mean for one in mine))
+                    line_over(axis, counts, mine, name, colour, style=style, marker=mark)
+            axis.axhline(floor, color="0.35", linestyle=":", linewidth=1.2, label="the data themselves")
+            axis.set(xscale="log", title=score if r == 0 else "", xlabel="evaluations" if r else "")
+            axis.set_xticks(counts, [str(n) for n in counts], minor=False)
+            if key == "frechet":
+                axis.set(yscale="log", ylim=(0.8 * floor, 40))
+            else:
+                axis.set(ylim=(min(*lowest, floor) - 0.05, floor + 1.0))
+            axis.minorticks_off()
+        axes[r * len(scores)].set_ylabel(said)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    save(figure, path)
