@@ -12,6 +12,7 @@ from reflow.errors import UserError
 from reflow.experiments import (
     ablation,
     cells,
+    conversions,
     direction_vs_magnitude,
     guidance,
     half_straightening,
@@ -37,6 +38,7 @@ ALL = {
     "parameterisations": parameterisations,
     "half-straightening": half_straightening,
     "stochasticity": stochasticity,
+    "conversions": conversions,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -183,6 +185,20 @@ def test_stochasticity(folder, capsys):
     assert at["Heun, Karras's levels", "15 % wrong", 20] > at["Heun, Karras's levels", "exact", 20]
 
 
+def test_conversions(folder, capsys):
+    _, found = made(folder, "conversions", capsys)
+    for line in found["readings"]:
+        for n in (key for key in line if key != "family"):
+            assert max(line[n][key] for key in ("euler", "product", "others")) < 1e-10, line
+            assert line[n]["single"] < 1e-2 and (line["family"] == "flow matching") == (line[n]["not rescaled"] < 1e-10), line
+    assert max(found["trained"]["euler"] + found["trained"]["edm"]) < 1e-10 < 1e-3 < min(found["trained"]["from_exact"])
+    width = {line["factor"]: line for line in found["width"] if line["data"] == "digits"}
+    unit = next(line for line in found["width"] if (line["data"], line["factor"]) == ("one Gaussian", 1.0))
+    assert unit["VP"]["deviation"]["mean"] == 0 and unit["VP"]["errors"]["1"]["mean"] < 1e-12 < unit["flow"]["deviation"]["mean"]
+    assert width[0.1]["flow"]["deviation"]["mean"] < width[1.0]["flow"]["deviation"]["mean"]  # narrow data are nearly a point
+    assert width[0.1]["VP_less_flow_deviation"]["mean"] > 0 and all(line["fine"] < 0.1 for line in width.values())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -203,6 +219,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
             "trainings": half_straightening.gathered(rows, summary["found"]["none"]),
             "halves": half_straightening.compared(rows),
         },
+        "conversions": lambda: {key: value for key, value in conversions.gathered(rows).items() if key != "trained"},
         "stochasticity": lambda: {"samplers": stochasticity.gathered(rows), "pairs": stochasticity.compared(rows)},
     }[name]()
     for key, value in again.items():

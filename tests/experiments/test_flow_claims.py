@@ -7,8 +7,9 @@ import torch
 
 from reflow.experiments import half_straightening as halves
 from reflow.experiments import stochasticity
-from reflow.experiments.beds import samplers
+from reflow.experiments.beds import readings, samplers
 from reflow.experiments.beds.exact import ExactBed
+from reflow.experiments.beds.mixture import LowRankMixture
 from reflow.flow import Windows
 from reflow.flow.exact import GaussianData
 
@@ -128,3 +129,44 @@ def test_where_curves_cross():
     assert stochasticity.crossing([10, 100, 1000], [1.0, 1.0, -1.0]) == pytest.approx(10**2.5)
     assert stochasticity.crossing([10, 100], [1.0, 0.5]) is None and stochasticity.crossing([10, 100], [-1.0, -0.5]) == 10
     assert stochasticity.crossing([10, 100, 1000], [-1.0, 1.0, -1.0]) == pytest.approx(10**2.5)
+
+
+def test_families_know_the_flows_time():
+    """A family's own times come back from the flow's, and its scale is alpha + sigma."""
+    for name, family in readings.families(ExactBed()).items():
+        grid = family.grid(9)
+        alpha, sigma = family.schedule.alpha_sigma(grid)
+        timestep, scale = family.of_flow(readings.flow_times(family, 9))
+        torch.testing.assert_close(scale, alpha + sigma, rtol=1e-9, atol=0, msg=name)
+        torch.testing.assert_close(timestep.double(), family.schedule.timestep(grid), rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_one_point_is_straight_as_a_flow_and_unit_variance_stands_still_as_vp():
+    z, labels = noise()
+    wide = ExactBed(dtype=torch.float64).mixture
+    point = LowRankMixture(wide.means[:1] * 0 + 0.3, wide.axes[:1], wide.spread[:1] * 0, 1e-14, torch.ones(1, dtype=torch.float64), torch.zeros(1).long())
+    unit = readings.unit_gaussian(wide)
+    labels = torch.zeros_like(labels)
+    states = readings.straight_steps(point, labels, z, "flow", 20)
+    flat = readings.bent(states, [1 - i / 20 for i in range(21)])
+    assert flat["deviation"] < 1e-6 and flat["bow"] < 1e-9 and flat["rfpp"] < 1e-9
+    torch.testing.assert_close(readings.straight_steps(point, labels, z, "flow", 1)[-1], torch.full_like(z, 0.3), rtol=0, atol=1e-9)
+    circle = readings.straight_steps(point, labels, z, "VP", 400, heun=True)
+    bow = readings.bent(circle, [math.pi / 2 * (1 - i / 400) for i in range(401)])
+    ends = (z - 0.3).square().mean()  # of z = .3 cos + z sin over a quarter: mean and mean square of its speed
+    speed = (z.square().mean() + 0.3**2) / 2 - 2 / math.pi * 0.3 * z.mean()
+    assert bow["deviation"] == pytest.approx(float((1 - (2 / math.pi) ** 2 * ends / speed).sqrt()), rel=1e-3)
+    still = readings.straight_steps(unit, labels, z, "VP", 3)
+    torch.testing.assert_close(still[-1], z, rtol=0, atol=1e-12)
+    moved = readings.straight_steps(unit, labels, z, "flow", 1)[-1]  # Euler's velocity at t = 1 is the noise less the mean
+    torch.testing.assert_close(moved, torch.zeros_like(z), rtol=0, atol=1e-12)
+
+
+def test_scaled_data_are_the_same_flow_at_other_levels():
+    bed = ExactBed(dtype=torch.float64)
+    z, labels = noise()
+    for factor in (0.1, 10.0):
+        x0, eps = readings.scaled(bed.mixture, factor).x0_eps(z, labels, 0.6, 0.8)
+        again = bed.mixture.x0_eps(z, labels, 0.6 * factor, 0.8)
+        torch.testing.assert_close(x0, factor * again[0], rtol=0, atol=1e-9 * max(1, factor))
+        torch.testing.assert_close(eps, again[1], rtol=0, atol=1e-9)
