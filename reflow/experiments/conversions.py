@@ -167,7 +167,7 @@ def of_width(at: Opened, cell: cells.Cell, seeds: range) -> dict[str, Any]:
     if cell["data"] == DATA[1]:
         mixture, labels = readings.unit_gaussian(mixture), torch.zeros_like(labels)
     mixture = readings.scaled(mixture, cell["factor"])
-    fine = {kind: readings.straight_steps(mixture, labels, noise, kind, 20 if quick else 320, heun=True) for kind in ("flow", "VP")}
+    fine = {kind: readings.straight_steps(mixture, labels, noise, kind, 40 if quick else 320, heun=True) for kind in ("flow", "VP")}
     every = len(fine["flow"]) // 20
     spans, result = {"flow": 1.0, "VP": math.pi / 2}, {}
     for kind, states in fine.items():
