@@ -277,8 +277,11 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             for n, style in ((1, ":"), (4, "--"), (16, "-")):
                 each = [cells.Interval(**x[kind]["errors"][str(n)]) for x in lines]
                 line_over(off, factors, each, f"{kind}, {n} step{'s' if n > 1 else ''}", colour, style=style)
-        bow.set(ylim=(-0.02, 1.7), title=f"Straightness: {data}")
+        bow.set(ylim=(-0.02, 1.7 * max(x[kind]["deviation"]["mean"] for x in lines for kind in ("flow", "VP"))), title=f"Straightness: {data}")
         off.set(yscale="log", ylim=(1e-3, 1e2), title=f"Euler's error: {data}", ylabel="paired error over the factor")
+        still = [x["factor"] for x in lines if x["VP"]["errors"]["1"]["mean"] < 1e-9]
+        for factor in still:
+            off.annotate(f"VP at {factor:g}: none", (factor, 2e-3), ha="center", color=COLOURS[0])
         for axis in (bow, off):
             axis.set(xscale="log", xlabel="the data times")
             axis.set_xticks(factors, [f"{f:g}" for f in factors], minor=False)
