@@ -144,27 +144,35 @@ def gathered(rows: list[cells.Row]) -> list[dict[str, Any]]:
 
 
 def compared(rows: list[cells.Row]) -> list[dict[str, Any]]:
-    """Of each pair (and of the best of each kind) the stochastic one's Fréchet distance less the other's, and where it goes below."""
+    """Of each pair (and of the best of each kind) the stochastic one's distance less the other's, and where it goes below: Fréchet distance, and
+    the distance of -log p to that of as many data, whose excess and lack are as bad."""
     found = []
     counts = sorted({r["cell"]["evaluations"] for r in rows} - {0})
-    value = {tuple(r["cell"][key] for key in ("sampler", "score", "evaluations", "seed")): r["result"]["frechet"] for r in rows}
     seeds = sorted({r["cell"]["seed"] for r in rows})
+    data = {r["cell"]["seed"]: r["result"]["nll"] for r in cells.select(rows, sampler="data")}
+    value = {}
+    for row in rows:
+        place = tuple(row["cell"][key] for key in ("sampler", "score", "evaluations", "seed"))
+        value["frechet", *place] = row["result"]["frechet"]
+        value["nll", *place] = abs(row["result"]["nll"] - data[row["cell"]["seed"]])
 
-    def best(names: tuple[str, ...], score: str, n: int, seed: int) -> float:
+    def best(key: str, names: tuple[str, ...], score: str, n: int, seed: int) -> float:
         """Of the sampler that is best on the other seeds, so that the luck of a seed does not choose."""
         others = [s for s in seeds if s != seed] or seeds
-        chosen = min(names, key=lambda name: sum(value[name, score, n, s] for s in others))
-        return value[chosen, score, n, seed]
+        chosen = min(names, key=lambda name: sum(value[key, name, score, n, s] for s in others))
+        return value[key, chosen, score, n, seed]
 
     for score in dict.fromkeys(r["cell"]["score"] for r in rows if r["cell"]["score"]):
         for mine, theirs in (*(((a,), (b,)) for a, b in PAIRS.items()), (tuple(STOCHASTIC), tuple(DETERMINISTIC))):
-            less = {seed: [best(mine, score, n, seed) - best(theirs, score, n, seed) for n in counts] for seed in seeds}
-            places = [crossing(counts, less[seed]) for seed in seeds]
-            line: dict[str, Any] = {"score": score, "pair": f"{mine[0]} less {theirs[0]}" if len(mine) == 1 else BEST, "crossings": places}
-            line["less"] = {str(n): cells.t_interval([less[seed][i] for seed in seeds]).as_dict() for i, n in enumerate(counts)}
-            if all(p is not None and p > counts[0] for p in places):
-                line["log_crossing"] = cells.t_interval([math.log(p) for p in places if p]).as_dict()
-            found.append(line)
+            for key in MEASURES:
+                less = {seed: [best(key, mine, score, n, seed) - best(key, theirs, score, n, seed) for n in counts] for seed in seeds}
+                places = [crossing(counts, less[seed]) for seed in seeds]
+                pair = f"{mine[0]} less {theirs[0]}" if len(mine) == 1 else BEST
+                line: dict[str, Any] = {"measure": key, "score": score, "pair": pair, "crossings": places}
+                line["less"] = {str(n): cells.t_interval([less[seed][i] for seed in seeds]).as_dict() for i, n in enumerate(counts)}
+                if all(p is not None and p > counts[0] for p in places):
+                    line["log_crossing"] = cells.t_interval([math.log(p) for p in places if p]).as_dict()
+                found.append(line)
     return found
 
 
@@ -203,12 +211,12 @@ def text(found: dict[str, Any], scores: tuple[str, ...], counts: tuple[int, ...]
                 mine = {line["evaluations"]: line for line in found["samplers"] if (line["score"], line["sampler"]) == (score, name)}
                 lines.append([name, score, *(cells.told(cells.Interval(**mine[n][key]), 3) for n in counts)])
         blocks.append(f"{said}:\n\n" + cells.table(["sampler", "score", *counts], lines))
-    lines = []
-    for line in found["pairs"]:
-        each = [cells.told(cells.Interval(**line["less"][str(n)]), 3, True) for n in counts]
-        lines.append([line["score"], line["pair"], *each, told_crossing(line, counts[-1])])
-    heads = ["score", "Fréchet distance, stochastic less deterministic", *counts, "crosses at [95 %]"]
-    blocks.append(cells.table(heads, lines))
+    for measure_of, said in (("frechet", MEASURES["frechet"]), ("nll", "distance of -log p to the data's")):
+        lines = []
+        for line in (x for x in found["pairs"] if x["measure"] == measure_of):
+            each = [cells.told(cells.Interval(**line["less"][str(n)]), 3, True) for n in counts]
+            lines.append([line["score"], line["pair"], *each, told_crossing(line, counts[-1])])
+        blocks.append(f"{said}, stochastic less deterministic:\n\n" + cells.table(["score", "pair", *counts, "crosses at [95 %]"], lines))
     end = "Columns are evaluations. ± is half a 95 % interval over seeds, of paired differences where they are differences; of each kind the best on"
     return "\n".join(blocks) + f"\n{end} the other seeds counts.\n"
 
