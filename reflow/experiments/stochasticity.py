@@ -8,9 +8,9 @@ score is exact, or eps plus 5 % or 15 % (in RMS of eps over the table) of a fixe
 trained network's is: even over time in v, with a length of .5 in RMS pixels (samples are wrong in ways of their own) or 4 (nearly one error
 for all), or of the first its part where sigma > alpha (errors that later noise could wash out) or the rest. Paths start at noised data, so that
 nothing else is wrong, or, with the exact score, at pure noise, which the table's last entry is not quite. That late errors favour the flow and
-early ones the SDE is the finding of Cao et al. (2306.02063). Three pairs differ in their noise alone: ancestral and DDIM, EDM's churn and Heun on Karras's levels, the reverse VP SDE and the Euler steps of its flow.
-Heun's kind takes two evaluations a step, of an odd number one less. Only laws are compared: Fréchet distance of pixels to the exact moments,
-and -log p. One row a sampler, score, number of evaluations and seed (starts, noises and field); nothing is trained.
+early ones the SDE is the finding of Cao et al. (2306.02063). Three pairs differ in their noise alone: ancestral and DDIM, EDM's churn and Heun
+on Karras's levels, the reverse VP SDE and the Euler steps of its flow. Heun's kind takes two evaluations a step, of an odd number one less. Only
+laws are compared: Fréchet distance of pixels to the exact moments, and -log p. One row a sampler, score, number of evaluations and seed (starts, noises and field); nothing is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reflow.experiments.beds import measure, samplers
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.mixture import CLASSES
 from reflow.experiments.beds.samplers import Diffusion, Field, Network
-from reflow.experiments.figures import COLOURS, canvas, line_over, save
+from reflow.experiments.figures import COLOURS, canvas, save
 from reflow.experiments.opened import opened
 from reflow.flow import Windows
 
@@ -241,7 +241,9 @@ def draw(path: Path, rows: list[cells.Row], scores: tuple[str, ...], counts: tup
         for names, style, mark in ((DETERMINISTIC, "-", "o"), (STOCHASTIC, "--", "^")):
             for name, colour in names.items():
                 mine = [cells.over_seeds(cells.select(rows, sampler=name, score=score, evaluations=n), lambda x: x["frechet"]) for n in counts]
-                line_over(axis, counts, mine, name, colour, style=style, marker=mark)
+                width = [one.half_width or 0.0 for one in mine]
+                axis.errorbar(counts, [one.mean for one in mine], width, label=name, color=colour, linestyle=style, marker=mark, markersize=3.5,
+                              linewidth=1.4, elinewidth=0.7)  # fmt: skip
         axis.axhline(floor, color="0.35", linestyle=":", linewidth=1.2, label="as many data")
         axis.set(xscale="log", yscale="log", ylim=(0.8 * floor, 40 * floor), title=score, xlabel="evaluations")
         axis.set_xticks(counts, [str(n) for n in counts], minor=False)
