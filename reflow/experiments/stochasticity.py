@@ -10,7 +10,8 @@ for all), or of the first its part where sigma > alpha (errors that later noise 
 nothing else is wrong, or, with the exact score, at pure noise, which the table's last entry is not quite. That late errors favour the flow and
 early ones the SDE is the finding of Cao et al. (2306.02063). Three pairs differ in their noise alone: ancestral and DDIM, EDM's churn and Heun
 on Karras's levels, the reverse VP SDE and the Euler steps of its flow. Heun's kind takes two evaluations a step, of an odd number one less. Only
-laws are compared: Fréchet distance of pixels to the exact moments, and -log p. One row a sampler, score, number of evaluations and seed (starts, noises and field); nothing is trained.
+laws are compared: Fréchet distance of pixels to the exact moments, and -log p. One row a sampler, score, number of evaluations and seed (starts,
+noises and field); nothing is trained.
 """
 
 from __future__ import annotations
