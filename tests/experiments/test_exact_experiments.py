@@ -12,12 +12,15 @@ from reflow.errors import UserError
 from reflow.experiments import (
     ablation,
     cells,
+    conversions,
     direction_vs_magnitude,
     guidance,
+    half_straightening,
     losses,
     parameterisations,
     progressive_paths,
     steps,
+    stochasticity,
     time_density,
     velocity_discrepancy,
     windows,
@@ -41,6 +44,9 @@ ALL = {
     "losses": losses,
     "steps": steps,
     "windows": windows,
+    "half-straightening": half_straightening,
+    "stochasticity": stochasticity,
+    "conversions": conversions,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -222,6 +228,40 @@ def test_windows(folder, capsys):
         bed.solver(Windows(edges), 4)
 
 
+def test_half_straightening(folder, capsys):
+    rows, found = made(folder, "half-straightening", capsys)
+    path = {name: cells.select(rows, training=name, seed=0)[0]["result"]["pixels"] for name in half_straightening.TRAININGS}
+    for pixel in range(3):  # until the split nobody knows which half's student comes next
+        assert path["clean, teacher elsewhere"][pixel][:10] == found["none"]["t = .5"]["pixels"][pixel][:10]
+        assert path["noisy"][pixel][:10] == path["noisy, teacher elsewhere"][pixel][:10] == path["a student each"][pixel][:10]
+        assert path["clean"][pixel][:10] != path["clean, teacher elsewhere"][pixel][:10]
+    assert found["none"]["t = .5"]["9,9"]["paired"] < found["none"]["t = .5"]["1,1"]["paired"]
+    assert {line["training"] for line in found["trainings"]} == set(half_straightening.TRAININGS)
+
+
+def test_stochasticity(folder, capsys):
+    _, found = made(folder, "stochasticity", capsys)
+    at = {(x["sampler"], x["score"], x["evaluations"]): x["frechet"]["mean"] for x in found["samplers"]}
+    for name in ("ancestral", "VP SDE", "VE SDE", "sub-VP SDE", "Heun"):
+        assert at[name, "exact", 20] < at[name, "exact", 5]
+    assert at["VP SDE", "exact", 5] > 2 * at["VP flow, Euler", "exact", 5]  # noise that few steps cannot use
+    assert at["Heun, Karras's levels", "15 % wrong", 20] > at["Heun, Karras's levels", "exact", 20]
+
+
+def test_conversions(folder, capsys):
+    _, found = made(folder, "conversions", capsys)
+    for line in found["readings"]:
+        for n in (key for key in line if key != "family"):
+            assert max(line[n][key] for key in ("euler", "product", "others")) < 1e-10, line
+            assert line[n]["single"] < 1e-2 and (line["family"] == "flow matching") == (line[n]["not rescaled"] < 1e-10), line
+    assert max(found["trained"]["euler"] + found["trained"]["edm"]) < 1e-10 < 1e-3 < min(found["trained"]["from_exact"])
+    width = {line["factor"]: line for line in found["width"] if line["data"] == "digits"}
+    unit = next(line for line in found["width"] if (line["data"], line["factor"]) == ("one Gaussian", 1.0))
+    assert unit["VP"]["deviation"]["mean"] == 0 and unit["VP"]["errors"]["1"]["mean"] < 1e-12 < unit["flow"]["deviation"]["mean"]
+    assert width[0.1]["flow"]["deviation"]["mean"] < width[1.0]["flow"]["deviation"]["mean"]  # narrow data are nearly a point
+    assert width[0.1]["VP_less_flow_deviation"]["mean"] > 0 and all(line["fine"] < 0.1 for line in width.values())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_committed_run_is_what_its_rows_say(name):
     path = RESULTS / f"{name}.json"
@@ -241,6 +281,12 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "losses": lambda: {"arms": losses.gathered(rows)},
         "steps": lambda: {"arms": steps.gathered(rows)},
         "windows": lambda: {"cuts": windows.gathered(rows)},
+        "half-straightening": lambda: {
+            "trainings": half_straightening.gathered(rows, summary["found"]["none"]),
+            "halves": half_straightening.compared(rows),
+        },
+        "conversions": lambda: {key: value for key, value in conversions.gathered(rows).items() if key != "trained"},
+        "stochasticity": lambda: {"samplers": stochasticity.gathered(rows), "pairs": stochasticity.compared(rows)},
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
