@@ -16,8 +16,8 @@ from reflow.experiments.opened import BEDS, opened
 NAME = "all"
 # What others build on first; minutes before hours.
 ORDER = (
-    "direction-vs-magnitude", "parameterisations", "velocity-discrepancy", "guidance", "time-density", "ablation", "steps", "windows", "losses",
-    "progressive-paths",
+    "direction-vs-magnitude", "parameterisations", "velocity-discrepancy", "conversions", "guidance", "steps", "windows", "half-straightening",
+    "losses", "time-density", "progressive-paths", "ablation", "stochasticity",
 )  # fmt: skip
 ON_DIGITS = ("parameterisations", "ablation", "progressive-paths")
 

@@ -1,13 +1,14 @@
 """`reflow experiment`: what is listed, how options reach `run`, and how seeds of the full run are put together."""
 
 import argparse
+import importlib
 import json
 
 import pytest
 
 from reflow.commands import experiment
 from reflow.errors import UserError
-from reflow.experiments import digits_full
+from reflow.experiments import digits_full, everything
 
 
 def arguments(*words):
@@ -192,3 +193,21 @@ def test_a_failed_launch_is_told_and_its_time_is_kept(tmp_path, monkeypatch):
     command = calls[0]
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"] and command[-2:] == ["--set", "train.seed=1"]
     assert command[command.index("--num_accelerators") + 1] == "2" and str(tmp_path / "seed-1") in command
+
+
+def test_all_is_every_experiment_that_has_a_bed(tmp_path, monkeypatch, capsys):
+    known = experiment.available()
+    with_beds = {name for name, one in known.items() if one.options and "bed" in one.options}
+    assert set(everything.ORDER) == with_beds - {"all"} and set(everything.ON_DIGITS) <= set(everything.ORDER)
+    asked = []
+    for name in everything.ORDER:
+        module = importlib.import_module(known[name].module)
+        monkeypatch.setattr(module, "run", lambda out, name=name, **options: asked.append((name, out, options)))
+    everything.run(tmp_path, quick=True)
+    assert [name for name, _, _ in asked] == list(everything.ORDER) and all(out == tmp_path / name for name, out, _ in asked)
+    assert asked[0][2] == {"bed": "exact", "data": "", "quick": True, "report": False}
+    asked.clear()
+    everything.run(tmp_path, bed="digits")
+    assert tuple(name for name, _, _ in asked) == everything.ON_DIGITS
+    with pytest.raises(UserError, match="all is there for --bed exact or mnist or digits, not 'cifar'"):
+        everything.run(tmp_path, bed="cifar")
