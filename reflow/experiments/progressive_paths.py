@@ -104,7 +104,7 @@ def text(found: dict[str, Any], budgets: tuple[int, ...]) -> str:
 
 def draw(path: Path, found: dict[str, Any], budgets: tuple[int, ...]) -> None:
     ends = sorted(int(k) for k in found["teacher"])[::-1]
-    figure, axes = canvas(1, len(ends), width=4.4 * len(ends), height=4.0)
+    figure, axes = canvas(1, len(ends), width=4.4 * len(ends), height=4.6)
     for axis, end in zip(axes, ends, strict=True):
         lines = [line for line in found["paths"] if line["path"][-1] == end and line["kind"] in ("equal steps", "root", "chained")]
         routes = list(dict.fromkeys(named(line["path"]) for line in lines))
@@ -121,6 +121,6 @@ def draw(path: Path, found: dict[str, Any], budgets: tuple[int, ...]) -> None:
         )
         axis.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         axis.minorticks_off()
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     axes[0].set_ylabel("paired error to the fine solve")
     save(figure, path)
