@@ -12,6 +12,7 @@ from reflow.errors import UserError
 from reflow.experiments import (
     ablation,
     cells,
+    comparison,
     direction_vs_magnitude,
     guidance,
     parameterisations,
@@ -33,6 +34,7 @@ ALL = {
     "direction-vs-magnitude": direction_vs_magnitude,
     "guidance": guidance,
     "parameterisations": parameterisations,
+    "comparison": comparison,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -175,6 +177,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "direction-vs-magnitude": lambda: {"arms": direction_vs_magnitude.gathered(rows)},
         "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
         "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
+        "comparison": lambda: comparison.gathered(rows),
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
