@@ -14,6 +14,7 @@ from reflow.experiments import (
     cells,
     comparison,
     direction_vs_magnitude,
+    diversity,
     guidance,
     parameterisations,
     progressive_paths,
@@ -35,6 +36,7 @@ ALL = {
     "guidance": guidance,
     "parameterisations": parameterisations,
     "comparison": comparison,
+    "diversity": diversity,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -178,6 +180,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "guidance": lambda: {"students": guidance.gathered(rows, summary["found"]["teacher"])},
         "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
         "comparison": lambda: comparison.gathered(rows),
+        "diversity": lambda: diversity.gathered(rows),
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
