@@ -17,6 +17,7 @@ from reflow.experiments import (
     diversity,
     guidance,
     parameterisations,
+    plug_and_play,
     progressive_paths,
     time_density,
     velocity_discrepancy,
@@ -37,6 +38,7 @@ ALL = {
     "parameterisations": parameterisations,
     "comparison": comparison,
     "diversity": diversity,
+    "plug-and-play": plug_and_play,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -181,6 +183,7 @@ def test_the_committed_run_is_what_its_rows_say(name):
         "parameterisations": lambda: {"kinds": parameterisations.gathered(rows)},
         "comparison": lambda: comparison.gathered(rows),
         "diversity": lambda: diversity.gathered(rows),
+        "plug-and-play": lambda: {"rows": plug_and_play.gathered(rows)},
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))
