@@ -57,6 +57,10 @@ def test_tuning_goes_towards_its_digits(tmp_path, bed):
     store, spec = Store(tmp_path), Custom("faded", 150)
     ref = measure.reference(bed, store, samples=100, steps=40)
     weights = custom.tuned(spec, store, (0, 1))
+    further = Custom("moved", 1, base=spec, learning_rate=0.0)
+    assert further.at(1).base == spec.at(1) and float(further.data().means.max()) == pytest.approx(float(spec.data().means.max()))
+    again = custom.tuned(further, store)  # from its base's weights, and no step away from them
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
     assert store.has(replace(spec, seed=1).name()) and spec.name() != replace(spec, shift="moved").name()
     solver = bed.solver(students.Windows.uniform(1), 20)
     found = bed.sample(custom.of_weights(bed, weights), solver, ref.noise, ref.labels)
@@ -66,6 +70,7 @@ def test_tuning_goes_towards_its_digits(tmp_path, bed):
 
 def test_plug_and_play(folder, capsys):  # noqa: F811
     rows, found = made(folder, "plug-and-play", capsys)
+    assert [line["base_is"] for line in found["rows"]] == ["first", "second"]
     line = found["rows"][0]
     assert line["fine"]["paired"]["mean"] == 0 < line["custom_32"]["paired"]["mean"] < line["custom_4"]["paired"]["mean"]
     assert line["base"]["paired"]["mean"] > 0.05 and line["training"] <= 18_000

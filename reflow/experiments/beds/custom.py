@@ -1,7 +1,8 @@
 """Custom models of the exact bed: its teacher, fine-tuned on digits that differ, and their own few-step students.
 
-The base is the exact output plus a network that says nothing yet (`Correction`); fine-tuning and distillation train that same network from
-its same first weights, so that weights of one may be added to the other's. Time runs from t=1 (noise) to t=0 (data).
+The first base is the exact output plus a network that says nothing yet (`Correction`); a custom model may be the base of others in turn, whose
+network then says something. Fine-tuning and distillation train that network from the base's weights, so that weights of one may be added to
+the other's. Time runs from t=1 (noise) to t=0 (data).
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ SHIFTS: dict[str, Callable[[LowRankMixture], LowRankMixture]] = {"faded": faded,
 
 @dataclass(frozen=True)
 class Custom:
-    """A base fine-tuned on shifted data for so many steps of plain denoising (mean squared error of the noise at uniform times)."""
+    """A base (None: the first) fine-tuned on its own data shifted, for so many steps of plain denoising (mean squared error of the noise at
+    uniform times)."""
 
     shift: str
     steps: int
     seed: int = 0
+    base: Custom | None = None
     drop: float = 0.1
     batch: int = 128
     learning_rate: float = 2e-3
@@ -72,11 +75,15 @@ class Custom:
         return Student((), scans=self.scans).bed()
 
     def data(self) -> LowRankMixture:
-        return SHIFTS[self.shift](self.bed().mixture)
+        return SHIFTS[self.shift](self.base.data() if self.base else self.bed().mixture)
+
+    def at(self, seed: int) -> Custom:
+        """The same of another seed, base and all."""
+        return replace(self, seed=seed, base=self.base and self.base.at(seed))
 
 
 def first(spec: Custom | Student) -> Weights:
-    """The base's weights: those of a network before its first step."""
+    """The first base's weights: those of a network before its first step."""
     return dict(Correction(spec.bed().mixture.means.shape[1], spec.width, True, (spec.seed,)).state_dict())
 
 
@@ -88,10 +95,10 @@ def of_weights(bed: ExactBed, weights: Weights) -> Model:
     return student(bed, network.to(bed.device, bed.dtype).requires_grad_(False))
 
 
-def tune(cohort: Sequence[Custom]) -> list[Weights]:
-    """The averages of custom models that differ in their seed alone."""
+def tune(cohort: Sequence[Custom], begin: Sequence[Weights]) -> list[Weights]:
+    """The averages of custom models that differ in their seed alone, from their bases' weights."""
     spec, bed, data = cohort[0], cohort[0].bed(), cohort[0].data()
-    network = side_by_side(Correction(bed.mixture.means.shape[1], spec.width, True, tuple(range(len(cohort)))), [first(one) for one in cohort])
+    network = side_by_side(Correction(bed.mixture.means.shape[1], spec.width, True, tuple(range(len(cohort)))), begin)
     generators = [torch.Generator().manual_seed(15_485_863 * one.seed + 1) for one in cohort]
 
     def loss(network: Correction, average: list[Tensor]) -> Tensor:
@@ -114,8 +121,9 @@ def tune(cohort: Sequence[Custom]) -> list[Weights]:
 def tuned(spec: Custom, store: Store, seeds: Sequence[int] = ()) -> Weights:
     """The custom model's weights, from the store or made now with those of the other seeds."""
     if not store.has(spec.name()):
-        missing = [one for one in (replace(spec, seed=seed) for seed in sorted({spec.seed, *seeds})) if not store.has(one.name())]
-        for one, made in zip(missing, tune(missing), strict=True):
+        missing = [one for one in (spec.at(seed) for seed in sorted({spec.seed, *seeds})) if not store.has(one.name())]
+        begin = [tuned(one.base, store, seeds) if one.base else first(one) for one in missing]
+        for one, made in zip(missing, tune(missing, begin), strict=True):
             store.keep(one.name(), made, json.dumps(asdict(one)))
     return store.tensors(spec.name(), dict)
 
@@ -162,11 +170,11 @@ def distilled(custom: Custom, spec: Student, store: Store, seeds: Sequence[int] 
     """The custom model's own student: from its weights, solved by it, on its data."""
 
     def name(seed: int) -> str:
-        return replace(custom, seed=seed).name("student", replace(spec, seed=seed).resolved())
+        return custom.at(seed).name("student", replace(spec, seed=seed).resolved())
 
     if not store.has(name(spec.seed)):
         missing = [seed for seed in sorted({spec.seed, *seeds}) if not store.has(name(seed))]
-        begin = [tuned(replace(custom, seed=seed), store, seeds) for seed in missing]
+        begin = [tuned(custom.at(seed), store, seeds) for seed in missing]
         teachers = [of_weights(custom.bed(), weights) for weights in begin]
         for seed, made in zip(missing, distil([replace(spec, seed=s) for s in missing], begin, teachers, custom.data()), strict=True):
             store.keep(name(seed), made, json.dumps(asdict(custom)))
