@@ -43,6 +43,32 @@ TIMED = {
     "starts alone, 128-step teacher, 3 times the width": Method("ours", (4,), STARTS, stage=FINE, settings={"drop": 0.0, "width": 384}),
     "8 -> 4, near start": Method("ours", (8, 4), settings={"drop": 0.0}),
 }
+# (method, steps), (other, steps), what was published of them: FID on COCO-2014 and COCO-2017 (ProReflow's tables), "RD": Rectified Diffusion's.
+ORDER = (
+    (("ProReflow-II", 4), ("ProReflow-I", 4), "10.70 - 11.16, 22.03 - 22.97"),
+    (("ProReflow-I", 4), ("PeRFlow", 4), "11.16 - 12.01, 22.97 - 23.81"),
+    (("PeRFlow", 4), ("2-rectified flow", 4), "12.01 - 15.32, 23.81 - 32.97"),
+    (("ProReflow-II", 2), ("2-rectified flow", 2), "15.44 - 20.17, 27.59 - 49.32"),
+    (("InstaFlow", 4), ("InstaFlow", 2), "44.01 - 24.61, 102.41 - 71.54"),
+    (("2-rectified flow", 4), ("2-rectified flow", 2), "15.32 - 20.17, 32.97 - 49.32"),
+    (("ProReflow-I", 4), ("PCM, 4 phases", 4), "11.16 - 11.70"),
+    (("ProReflow-II", 4), ("PCM, 4 phases", 4), "10.70 - 11.70"),
+    (("PCM, 4 phases", 4), ("PeRFlow", 4), "11.70 - 12.01"),
+    (("phased rectified diffusion", 4), ("PeRFlow", 4), "20.64 - 22.97 (RD)"),
+    (("ProReflow-II, near start", 4), ("ProReflow-I, near start", 4), ""),
+    (("ProReflow-I, near start", 4), ("PeRFlow, near start", 4), ""),
+    (("PCM, 4 phases", 4), ("PeRFlow, near start", 4), ""),
+    (("phased rectified diffusion, near start", 4), ("4 windows, near start", 4), ""),
+    (("2 windows, near start", 4), ("4 windows, near start", 4), ""),
+    (("2 windows, near start", 4), ("ProReflow-II, near start", 4), ""),
+    (("ProReflow-II, near start", 2), ("2 windows, near start", 2), ""),
+    (("8 parts merging into 4", 4), ("ProReflow-I, near start", 4), ""),
+    (("8 parts merging into 4", 4), ("4 windows, near start", 4), ""),
+    (("8 parts merging into 2", 2), ("2 windows, near start", 2), ""),
+    (("4 windows, near start, trajectory starts", 4), ("4 windows, near start", 4), ""),
+    (("2-rectified flow++, half from data", 1), ("2-rectified flow++", 1), ""),
+    (("InstaFlow", 1), ("distillation at t = 1", 1), ""),
+)
 QUICK = ("2-rectified flow", "PeRFlow", "PeRFlow-fixed", "PCM, 4 phases")
 # The product's solver: from index to index where diffusers floors 1000 / steps, and of second order in the last step too.
 OWN = {"DDIM, index to index": "ddim", "Heun, to the end": "heun"}
@@ -138,13 +164,15 @@ def timed(at: Opened, sample: Callable[..., Any], model: Callable[..., Any], ref
 
 
 def gathered(rows: list[cells.Row]) -> dict[str, list[dict[str, Any]]]:
-    """ "teacher": its samplers. "methods": measures over seeds by kind and steps. "to_quality": cost until the error is as wanted."""
+    """Of the "teacher" its samplers; of "methods" measures over seeds by kind and steps; the "order": differences of two of them; and "to_quality",
+    the cost until the error is as wanted."""
     teacher = [{**row["cell"], **row["result"]} for row in rows if "teacher" in row["cell"]]
     students = [one for name in dict.fromkeys(row["cell"].get("method") for row in rows) if name for one in [of_seeds(name, rows)]]
     wanted = (next(iter(OWN)), max((line["steps"] for line in teacher), default=0), False)
     ddim = next((line["paired"] for line in teacher if (line["teacher"], line["steps"], line["guided"]) == wanted), None)
     names = [name for name in dict.fromkeys(row["cell"].get("timed") for row in rows) if name]
-    return {"teacher": teacher, "methods": students, "to_quality": [to_quality(name, rows, WANTED * ddim) for name in names if ddim]}
+    order = [line for line in (difference(rows, *asked) for asked in ORDER) if line]
+    return {"teacher": teacher, "methods": students, "order": order, "to_quality": [to_quality(name, rows, WANTED * ddim) for name in names if ddim]}
 
 
 def of_seeds(name: str, rows: list[cells.Row]) -> dict[str, Any]:
@@ -160,6 +188,18 @@ def of_seeds(name: str, rows: list[cells.Row]) -> dict[str, Any]:
                 for steps in first[kind]
             }
     return line
+
+
+def difference(rows: list[cells.Row], mine: tuple[str, int], other: tuple[str, int], published: str) -> dict[str, Any] | None:
+    """Of two methods' unguided measures, seed by seed; None where one of them is not there."""
+    both = []
+    for name, steps in (mine, other):
+        own = [row for row in cells.select(rows, method=name) if str(steps) in row["result"].get("unguided", {})]
+        both.append([{"cell": row["cell"], "result": row["result"]["unguided"][str(steps)]} for row in own])
+    if not all(both):
+        return None
+    line = {"method": mine, "other": other, "published": published}
+    return {**line, **{key: cells.paired(*both, lambda r, k=key: r[k]).as_dict() for key in ("paired", "frechet")}}
 
 
 def to_quality(name: str, rows: list[cells.Row], wanted: float) -> dict[str, Any]:

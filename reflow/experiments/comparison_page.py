@@ -48,6 +48,7 @@ def text(found: dict[str, Any]) -> str:
             title = f"{said}, {kind}" + (" at scale 3, against the fine solve guided so" if kind == "guided" else "")
             parts.append(f"## {title}\n\n" + cells.table(heads, lines))
     parts.insert(3, note(found))
+    parts.insert(4, "## Differences between two of them, unguided\n\n" + order(found))
     parts.append("## The teacher's samplers (diffusers' schedulers, no training, so no ±)\n\n" + samplers(found))
     parts.append(f"## Cost until 4 steps are within 1.05 of 32 DDIM steps\n\n{quality(found)}")
     return "\n".join(parts)
@@ -77,6 +78,15 @@ def samplers(found: dict[str, Any]) -> str:
                 lines.append([kind, "3" if guided else "none", line["steps"], line["evaluations"], f"{line['time']:.1f}", *values])
     heads = ["sampler", "guidance", "steps", "evaluations an image", "processor time, in evaluations", *(said for said, _ in MEASURES.values())]
     return cells.table(heads, lines)
+
+
+def order(found: dict[str, Any]) -> str:
+    lines = []
+    for line in found["order"]:
+        names = [f"{name}, {counted(str(steps))}" for name, steps in (line["method"], line["other"])]
+        values = [cells.told(cells.Interval(**line[key]), digits, True) for key, digits in (("paired", 4), ("frechet", 2))]
+        lines.append([*names, line["published"], *values])
+    return cells.table(["method", "less", "published FIDs", "paired error", "Fréchet distance"], lines)
 
 
 def quality(found: dict[str, Any]) -> str:
@@ -121,7 +131,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     for line in mine:
         for s, value in line["unguided"].items():
             best[int(s)] = min(best.get(int(s), 9.0), value["paired"]["mean"])
-    axes[1].plot(sorted(best), [best[s] for s in sorted(best)], "*", markersize=10, color=COLOURS[-1], label="best student of the first panel")
+    axes[1].plot(sorted(best), [best[s] for s in sorted(best)], "*", markersize=10, color=COLOURS[-1], label="best student of the first table")
     axes[1].set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="paired error", title="The teacher's samplers")
     axes[1].set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     axes[1].minorticks_off()

@@ -81,8 +81,8 @@ def student_of(cell: cells.Cell) -> Student | Consistency:
 
 
 def gathered(rows: list[cells.Row]) -> dict[str, list[dict[str, Any]]]:
-    """ "teacher": without training. "students": each measure over seeds by method, mode, scale and steps, and what trace and recall are beyond the
-    fine solve's and, seed by seed, beyond PeRFlow's of the same mode and scale."""
+    """Of the "teacher" what needs no training; of "students" each measure over seeds by method, mode, scale and steps, and what trace and recall
+    are beyond the fine solve's and, seed by seed, beyond PeRFlow's of the same mode and scale."""
     teacher = [{**row["cell"], **row["result"]} for row in rows if "teacher" in row["cell"]]
     fine = {line["scale"]: line for line in teacher if line["teacher"] == FINE}
     students = []
