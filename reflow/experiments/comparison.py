@@ -72,6 +72,7 @@ ORDER = (
 QUICK = ("2-rectified flow", "PeRFlow", "PeRFlow-fixed", "PCM, 4 phases")
 # The product's solver: from index to index where diffusers floors 1000 / steps, and of second order in the last step too.
 OWN = {"DDIM, index to index": "ddim", "Heun, to the end": "heun"}
+TO_END = {"DPM-Solver, to the end": "dpmsolver", "DPM-Solver++, to the end": "dpmsolver++"}  # diffusers' own, told to keep its order below 15 steps
 SOURCES = (*methods.SOURCES, "experiments/beds/stock.py")
 
 
@@ -81,7 +82,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     at = opened("comparison", out, bed=bed, data=data, quick=quick, report=report)
     names, budget, budgets, timed = (QUICK, 18_000, (6_000, 12_000), list(TIMED)[:1]) if quick else (METHODS, BUDGET, BUDGETS, TIMED)
     references = {"unguided": at.reference(), "guided": at.reference(guidance=SCALE, steps=160)}
-    samplers, most = (("DDIM", *OWN), 8) if quick else ((*stock.KINDS, *OWN), TEACHER_STEPS[-1])
+    samplers, most = (("DDIM", *OWN), 8) if quick else ((*stock.KINDS, *OWN, *TO_END), TEACHER_STEPS[-1])
     solves = [(kind, n) for kind in samplers for n in TEACHER_STEPS if n <= most]
     asked: list[cells.Cell] = [{"teacher": kind, "steps": n, "guided": guided} for kind, n in solves for guided in (False, True)]
     asked += cells.seeded([{"method": name, "budget": budget} for name in names], seeds)
@@ -115,11 +116,19 @@ def of_teacher(at: Opened, cell: cells.Cell, ref: Reference) -> dict[str, Any]:
     def sample(noise: Tensor, labels: Tensor) -> Tensor:
         if kind in OWN:
             return at.bed.sample(model, at.bed.solver(Windows.uniform(1), steps, guidance=ref.guidance, method=OWN[kind]), noise, labels)
-        return stock.sample(at.bed, model, stock.made(kind, steps), noise, labels, guidance=ref.guidance)
+        return stock.sample(at.bed, model, scheduler(kind, steps), noise, labels, guidance=ref.guidance)
 
-    asked = steps * (1 + (OWN[kind] == "heun")) if kind in OWN else stock.evaluations(kind, steps)
+    asked = steps * (1 + (OWN.get(kind) == "heun")) if kind in {**OWN, **TO_END} else stock.evaluations(kind, steps)
     asked *= 1 if ref.guidance is None else 2
     return {**measure.of_samples(at.bed, sample(ref.noise, ref.labels), ref), "evaluations": asked, "time": timed(at, sample, model, ref)}
+
+
+def scheduler(kind: str, steps: int) -> Any:
+    if kind not in TO_END:
+        return stock.made(kind, steps)
+    found = stock.dpm(algorithm_type=TO_END[kind], lower_order_final=False)
+    found.set_timesteps(steps)
+    return found
 
 
 def of_method(at: Opened, cell: cells.Cell, references: dict[str, Reference], seeds: int) -> dict[str, Any]:

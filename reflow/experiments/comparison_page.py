@@ -12,6 +12,9 @@ STEPS = ("1", "2", "4", "8")
 MEASURES = {"paired": ("Paired error", 3), "frechet": ("Fréchet distance", 2), "nll": ("-log p a pixel (nats)", 3)}
 FAMILIES = ("rectified", "PeRFlow", "PeRFlow-fixed", "ProReflow", "rectified diffusion", "consistency", "ours")
 
+# Samplers of the picture, one for each colour.
+DRAWN = ("DDIM", "DPM-Solver", "UniPC", "Heun", "DPM-Solver++", "DPM-Solver, to the end", "Heun, to the end")
+
 
 def told(line: dict[str, Any], kind: str, steps: str, key: str, digits: int) -> str:
     own = line[kind].get(steps)
@@ -123,7 +126,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     axes[0].set_xticks([0.06, 0.1, 0.2, 0.4, 0.6], ["0.06", "0.1", "0.2", "0.4", "0.6"])
     axes[0].minorticks_off()
     axes[0].legend(frameon=False, loc="lower right")
-    for kind, colour in zip(dict.fromkeys(line["teacher"] for line in found["teacher"]), COLOURS, strict=False):
+    for kind, colour in zip(DRAWN, COLOURS, strict=True):
         own_rows = [line for line in found["teacher"] if line["teacher"] == kind and not line["guided"]]
         costs, errors = ([x[key] for x in own_rows] for key in ("evaluations", "paired"))
         axes[1].plot(costs, errors, "o-", markersize=3.5, color=colour, label=f"teacher, {kind}")
