@@ -187,7 +187,7 @@ def gathered(rows: list[cells.Row]) -> dict[str, list[dict[str, Any]]]:
 def of_seeds(name: str, rows: list[cells.Row]) -> dict[str, Any]:
     mine = cells.select(rows, method=name)
     first = mine[0]["result"]
-    line: dict[str, Any] = {"method": name, "family": METHODS[name].family, "windows": list(METHODS[name].windows)}
+    line: dict[str, Any] = {"method": name, "family": METHODS[name].family, "windows": list(METHODS[name].windows), "steps": METHODS[name].steps}
     line.update({key: first[key] for key in ("training", "optimizer_steps")})
     line["time"] = min(row["result"]["time"] for row in mine)
     for kind in ("unguided", "guided"):

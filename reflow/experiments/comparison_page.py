@@ -113,9 +113,9 @@ def quality(found: dict[str, Any]) -> str:
 def draw(path: Path, found: dict[str, Any]) -> None:
     mine = [line for line in found["methods"] if "unguided" in line]
     figure, axes = canvas(1, 3, width=16.0, height=max(4.5, 1.6 + 0.2 * len(mine)))
-    names = [f"{line['method']} ({min(line['unguided'], key=int)})" for line in mine]
+    names = [f"{line['method']} ({line['steps']})" for line in mine]
     for row, line in enumerate(mine):
-        own = cells.Interval(**line["unguided"][min(line["unguided"], key=int)]["paired"])
+        own = cells.Interval(**line["unguided"][str(line["steps"])]["paired"])
         axes[0].errorbar(own.mean, row, xerr=own.half_width, fmt="o", markersize=4, color=COLOURS[FAMILIES.index(line["family"])])
     for s, style in zip(("1", "2", "4"), (":", "--", "-"), strict=True):
         error = teachers(found, "DDIM", int(s), False)["paired"]
