@@ -112,7 +112,7 @@ def quality(found: dict[str, Any]) -> str:
 
 def draw(path: Path, found: dict[str, Any]) -> None:
     mine = [line for line in found["methods"] if "unguided" in line]
-    figure, axes = canvas(1, 3, width=16.0, height=max(4.5, 1.6 + 0.2 * len(mine)))
+    figure, axes = canvas(1, 3, width=15.0, height=max(4.5, 1.4 + 0.18 * len(mine)))
     names = [f"{line['method']} ({line['steps']})" for line in mine]
     for row, line in enumerate(mine):
         own = cells.Interval(**line["unguided"][str(line["steps"])]["paired"])
@@ -144,6 +144,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         line_over(axes[2], [x["training"] for x in line["curve"]], values, line["method"], colour)
         axes[2].axhline(line["wanted"], color="0.35", linestyle="--", linewidth=1)
     axes[2].set(xscale="log", yscale="log", xlabel="network evaluations of training", ylabel="paired error, 4 steps")
+    axes[2].set_xticks([5e5, 1e6, 2e6], ["500,000", "1 million", "2 million"])
     axes[2].set_yticks([0.04, 0.06, 0.08, 0.1], ["0.04", "0.06", "0.08", "0.1"])
     axes[2].minorticks_off()
     axes[2].set_title("Dashed: 1.05 times the teacher's 32 steps")
