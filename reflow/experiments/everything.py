@@ -17,7 +17,7 @@ NAME = "all"
 # What others build on first; minutes before hours.
 ORDER = (
     "direction-vs-magnitude", "parameterisations", "velocity-discrepancy", "conversions", "guidance", "steps", "windows", "half-straightening",
-    "losses", "time-density", "progressive-paths", "ablation", "stochasticity",
+    "losses", "diversity", "plug-and-play", "time-density", "comparison", "progressive-paths", "ablation", "stochasticity",
 )  # fmt: skip
 ON_DIGITS = ("parameterisations", "ablation", "progressive-paths")
 

@@ -12,12 +12,15 @@ from reflow.errors import UserError
 from reflow.experiments import (
     ablation,
     cells,
+    comparison,
     conversions,
     direction_vs_magnitude,
+    diversity,
     guidance,
     half_straightening,
     losses,
     parameterisations,
+    plug_and_play,
     progressive_paths,
     steps,
     stochasticity,
@@ -26,12 +29,10 @@ from reflow.experiments import (
     windows,
 )
 from reflow.experiments.beds import SHORT, features, measure, students
-from reflow.experiments.beds.exact import Correction, ExactBed, student, untrained
-from reflow.experiments.beds.fitting import fit
+from reflow.experiments.beds.exact import ExactBed, untrained
 from reflow.experiments.beds.students import Stage, Student
 from reflow.experiments.store import Store
-from reflow.flow import Windows, network_time
-from reflow.training import targets
+from reflow.flow import Windows
 
 ALL = {
     "time-density": time_density,
@@ -47,6 +48,9 @@ ALL = {
     "half-straightening": half_straightening,
     "stochasticity": stochasticity,
     "conversions": conversions,
+    "comparison": comparison,
+    "diversity": diversity,
+    "plug-and-play": plug_and_play,
 }
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results" / "experiments"
 
@@ -180,20 +184,6 @@ def test_losses(folder, capsys):
     seen = features.look(x)
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(6))
     assert float((seen - features.look(x.clone())).abs().max()) == 0 and float((seen - features.look(x.flip(1))).norm(dim=1).min()) > 0.1
-    # Alone and beside others the trainer of other losses makes what the students' own makes.
-    spec, store = Student((Stage(4, 30),), pairs=512), Store(folder / "students")
-    bed, network, table, pairs = ExactBed(), Correction(64, seeds=(0,)), spec.table(), students.pool(spec, store)
-    generator, settings, model = torch.Generator().manual_seed(1), spec.stages[0].settings(), student(ExactBed(), network)
-
-    def loss(_):
-        rows, draws = torch.randint(len(pairs[3]), (128,), generator=generator), torch.rand((128, 1, 2), generator=generator)
-        z_start, z_end, window, labels = (value[rows] for value in pairs)
-        at = targets.points(z_start, z_end, window, draws, table, settings)
-        return targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings).loss
-
-    for name, value in fit(network, loss, 30).items():
-        torch.testing.assert_close(value, students.weights(spec, store)[name], rtol=1e-3, atol=1e-4)
-    assert bed.clean()[0] > 0.99
 
 
 def test_steps(folder, capsys):
@@ -287,6 +277,9 @@ def test_the_committed_run_is_what_its_rows_say(name):
         },
         "conversions": lambda: {key: value for key, value in conversions.gathered(rows).items() if key != "trained"},
         "stochasticity": lambda: {"samplers": stochasticity.gathered(rows), "pairs": stochasticity.compared(rows)},
+        "comparison": lambda: comparison.gathered(rows),
+        "diversity": lambda: diversity.gathered(rows),
+        "plug-and-play": lambda: {"rows": plug_and_play.gathered(rows)},
     }[name]()
     for key, value in again.items():
         mine, told = (sorted(json.dumps(line, sort_keys=True) for line in lines) for lines in (value, summary["found"][key]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def _trained(spec: Student, store: Store) -> dict[str, Tensor]:
     model, generator = student(bed, network), torch.Generator().manual_seed(7919 * spec.seed + 1)
     pairs = pool(spec, store)
 
-    def loss(_: int) -> Tensor:
+    def loss(*_: Any) -> Tensor:
         rows = torch.randint(len(pairs[3]), (spec.batch,), generator=generator)
         draws = torch.rand((spec.batch, 1, 2), generator=generator)
         z_start, z_end, window, labels = (value[rows] for value in pairs)
@@ -63,4 +64,4 @@ def _trained(spec: Student, store: Store) -> dict[str, Tensor]:
         end = at.z_t + (table.t_end[at.window] - at.t)[:, None] * velocity
         return plain + (look(end) - look(at.z_end)).square().sum(1).mean()
 
-    return fit(network, loss, stage.steps, learning_rate=spec.learning_rate)
+    return fit(network, stage.steps, loss, learning_rate=spec.learning_rate)[0]
