@@ -171,9 +171,9 @@ def draw(path: Path, rows: list[cells.Row], found: dict[str, Any], budgets: tupl
         axis.minorticks_off()
     for (density, norm), colour in zip(dict.fromkeys((w["density"], w["norm"]) for w in found["weights"]), COLOURS, strict=False):
         mine = [w for w in found["weights"] if (w["density"], w["norm"]) == (density, norm)]
-        said = "times its window's speed²" if norm == "window_speed" else "as it is"
-        line_over(axes[2], [w["weight"] for w in mine], [cells.Interval(**w["less_plain"]) for w in mine], f"{density}; weight {said}", colour)
+        said = "times speed²" if norm == "window_speed" else "as it is"
+        line_over(axes[2], [w["weight"] for w in mine], [cells.Interval(**w["less_plain"]) for w in mine], f"{density}, {said}", colour)
     axes[2].axhline(0.0, color="0.35", linewidth=1)
     axes[2].set(xscale="log", xlabel="direction weight", ylabel="aligned less plain", title=f"Weight of the direction, {middle} steps")
-    axes[2].legend(frameon=False, loc="center left")
+    axes[2].legend(frameon=False, loc="upper left")
     save(figure, path)
