@@ -9,9 +9,9 @@ trained network's is: even over time in v, with a length of .5 in RMS pixels (sa
 for all), or of the first its part where sigma > alpha (errors that later noise could wash out) or the rest. Paths start at noised data, so that
 nothing else is wrong, or, with the exact score, at pure noise, which the table's last entry is not quite. That late errors favour the flow and
 early ones the SDE is the finding of Cao et al. (2306.02063). Three pairs differ in their noise alone: ancestral and DDIM, EDM's churn and Heun
-on Karras's levels, the reverse VP SDE and the Euler steps of its flow. Heun's kind takes two evaluations a step, of an odd number one less. Only
-laws are compared: Fréchet distance of pixels to the exact moments, and -log p. One row a sampler, score, number of evaluations and seed (starts,
-noises and field); nothing is trained.
+on Karras's levels, the reverse VP SDE and the Euler steps of its flow. Restart spends half of its steps on ways back from a noise level of .06
+to .30 and down again. Heun's kind takes two evaluations a step, of an odd number one less. Only laws are compared: Fréchet distance of pixels
+to the exact moments, and -log p. One row a sampler, score, number of evaluations and seed (starts, noises and field); nothing is trained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reflow.experiments import cells
-from reflow.experiments.beds import measure, samplers
+from reflow.experiments.beds import measure, restart, samplers
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.mixture import CLASSES
 from reflow.experiments.beds.samplers import Diffusion, Field, Network
@@ -36,7 +36,8 @@ from reflow.flow import Windows
 EVALUATIONS = (5, 10, 20, 50, 100, 200, 500)
 CHURN = 40.0
 DETERMINISTIC = {"DDIM": COLOURS[0], "Heun": COLOURS[1], "Heun, Karras's levels": COLOURS[2], "VP flow, Euler": COLOURS[6]}
-STOCHASTIC = {"ancestral": COLOURS[0], "EDM churn": COLOURS[2], "VP SDE": COLOURS[6], "VE SDE": COLOURS[3], "sub-VP SDE": COLOURS[4]}
+STOCHASTIC = {"ancestral": COLOURS[0], "EDM churn": COLOURS[2], "VP SDE": COLOURS[6], "VE SDE": COLOURS[3], "sub-VP SDE": COLOURS[4],
+              "Restart": COLOURS[5]}  # fmt: skip
 PAIRS = {"ancestral": "DDIM", "EDM churn": "Heun, Karras's levels", "VP SDE": "VP flow, Euler"}
 EXACT = "exact"
 # name -> (share of eps, length of the field in RMS pixels, where it is, where paths start)
@@ -83,7 +84,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
         labels = torch.arange(cell["samples"]) % CLASSES
         return of_law(place, sampled(place, cell, labels), labels)
 
-    rows = at.make(asked, work, "experiments/beds/samplers.py")
+    rows = at.make(asked, work, "experiments/beds/samplers.py", "experiments/beds/restart.py")
     found = {"samplers": gathered(rows), "pairs": compared(rows)}
     draw(at.path("png"), rows, scores, counts)
     at.finish(rows, text(found, scores, counts), found)
@@ -129,6 +130,9 @@ def sample(
     if name in ("EDM churn", PAIRS["EDM churn"]):
         churn = CHURN if name == "EDM churn" else 0.0
         z = samplers.churned(network, x * math.hypot(1.0, levels[0]), samplers.karras(*levels, evaluations // 2), generator, churn=churn)
+        return z / math.hypot(1.0, levels[1])
+    if name == "Restart":
+        z = restart.restarted(network, x * math.hypot(1.0, levels[0]), *levels, evaluations // 2, generator)
         return z / math.hypot(1.0, levels[1])
     diffusion = Diffusion(name.split()[0], *levels)
     first, last = (math.hypot(*diffusion.alpha_sigma(s)) for s in diffusion.times(1))

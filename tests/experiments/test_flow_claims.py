@@ -7,7 +7,7 @@ import torch
 
 from reflow.experiments import half_straightening as halves
 from reflow.experiments import stochasticity
-from reflow.experiments.beds import readings, samplers
+from reflow.experiments.beds import readings, restart, samplers
 from reflow.experiments.beds.exact import ExactBed
 from reflow.experiments.beds.mixture import LowRankMixture
 from reflow.flow import Windows
@@ -81,6 +81,27 @@ def test_every_sampler_reaches_a_gaussian():
         assert float(((found.mean(0) - alpha * mean) / should).abs().max()) < 0.08 and off[name, 250] < 0.15, (name, off)
     for name in ("DDIM", "ancestral"):  # of first order on the table: what is left halves, but for chance
         assert 1.4 < off[name, 125] / off[name, 250] < 2.2
+
+
+def test_restart_keeps_to_its_evaluations_and_is_heun_where_they_are_few():
+    bed, labels = ExactBed(dtype=torch.float64), torch.arange(20) % 10
+    network, asked, levels = samplers.Network(bed.mixture, labels), [], samplers.ends(bed)
+    x = torch.randn((20, 64), generator=generator(), dtype=torch.float64)
+
+    def counted(z, alpha, sigma):
+        asked.append(sigma / alpha)
+        return network(z, alpha, sigma)
+
+    for steps in (2, 5, 10, 25, 50):
+        asked.clear()
+        own, times = restart.split(steps)
+        assert own + times * restart.INNER == steps and (times > 0) is (steps > 5)
+        found = restart.restarted(counted, x, *levels, steps, generator(3))
+        assert len(asked) == 2 * steps
+        ways_up = sum(b > a * 1.01 for a, b in zip(asked, asked[1:]))
+        assert ways_up == times
+        heun = samplers.churned(network, x, samplers.karras(*levels, steps), generator(), churn=0.0)
+        assert torch.equal(found, heun) is (times == 0)
 
 
 def test_ancestral_without_noise_is_ddim_and_with_it_is_a_double_step_noised_again():
