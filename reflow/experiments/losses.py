@@ -5,8 +5,8 @@
 Improving the Training of Rectified Flows (arXiv 2405.20320) trains a 2-rectified flow with U-shaped times, pseudo-Huber, LPIPS and real data,
 each of which lowers the Fréchet distance of one step there (CIFAR-10: 12.21 -> 7.14 -> 5.17 -> 5.24 -> 3.38 -> 3.07). Here one window is learnt
 from the teacher's own trajectories with each of them added in that order, with each alone, and with the times that are this project's; then
-four windows from noised data with each loss a recipe can have. LPIPS has no meaning for 8x8 digits; features of the classifier that judges the
-digits model stand for it. "forward": real data, inverted by the teacher.
+four windows from noised data with each loss a recipe can have. LPIPS has no meaning for 8x8 digits; the layers of the classifier that
+judges the digits model stand for it. "forward": real data, inverted by the teacher.
 """
 
 from __future__ import annotations

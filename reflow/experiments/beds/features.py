@@ -1,8 +1,10 @@
 """A loss on what a picture looks like: features of the digits' classifier beside pseudo-Huber, as "2-rectified flow++" has LPIPS.
 
-LPIPS has no meaning for 8x8 digits; the classifier that judges the digits model stands for it: its 64 last activations, of unit length, of the
-chord's end as the student sees it (z_t + (t_end - t) v^) against the true one, beside (1 - t) times pseudo-Huber in velocity (arXiv
-2405.20320, LPIPS-Huber). Time runs from t=1 (noise) to t=0 (data).
+LPIPS has no meaning for 8x8 digits; the classifier that judges the digits model stands for it, read as LPIPS reads its network: activations of
+every layer, of unit length over channels at each place, squared differences summed over channels and averaged over places. Compared are the
+chord's end as the student sees it (z_t + (t_end - t) v^) and the true one, beside (1 - t) times pseudo-Huber in velocity (arXiv 2405.20320,
+LPIPS-Huber). The last activations alone do not do: they say too little of pixels, and students leave the data (seen once, in no file).
+Time runs from t=1 (noise) to t=0 (data).
 """
 
 from __future__ import annotations
@@ -33,10 +35,21 @@ def judge() -> nn.Module:
     return classifier.load_classifier().eval().requires_grad_(False)
 
 
-def look(x: Tensor) -> Tensor:
-    """Features [B, 64] of unit length of pixels [B, 64] from -1 to 1, as the classifier sees its scans."""
-    large = F.interpolate(x.view(-1, 1, 8, 8), size=(digits.RESOLUTION, digits.RESOLUTION), mode="bicubic", align_corners=False)
-    return F.normalize(judge().features(large.clamp(-1, 1)), dim=1)
+def look(x: Tensor) -> list[Tensor]:
+    """Activations of each layer, [B, C, h, w] or [B, C], of unit length over C, of pixels [B, 64] as the classifier sees its scans."""
+    h = F.interpolate(x.view(-1, 1, 8, 8), size=(digits.RESOLUTION, digits.RESOLUTION), mode="bicubic", align_corners=False)
+    seen = []
+    for layer in judge().body:
+        h = layer(h)
+        if isinstance(layer, nn.ReLU):
+            seen.append(F.normalize(h, dim=1))
+    return seen
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    """[B]: how unlike x and y [B, 64] look; 0 for the same."""
+    layers = zip(look(x), look(y), strict=True)
+    return torch.stack([(a - b).square().sum(1).view(len(x), -1).mean(1) for a, b in layers]).mean(0)
 
 
 def weights(spec: Student, store: Store) -> dict[str, Tensor]:
@@ -62,6 +75,6 @@ def _trained(spec: Student, store: Store) -> dict[str, Tensor]:
         state, factor = table.velocity_coefficients(at.window, at.t)
         velocity = state[:, None] * at.z_t + factor[:, None] * output
         end = at.z_t + (table.t_end[at.window] - at.t)[:, None] * velocity
-        return plain + (look(end) - look(at.z_end)).square().sum(1).mean()
+        return plain + distance(end, at.z_end).mean()
 
     return fit(network, stage.steps, loss, learning_rate=spec.learning_rate)[0]
