@@ -2,7 +2,7 @@
 
     reflow experiment all --bed exact
 
-Results of NAME lie in OUT/NAME, students in OUT/students. On two cores the exact bed takes about three hours of processor time in all.
+Results of NAME lie in OUT/NAME, students in OUT/students. The exact bed takes about an hour and a half of one core in all.
 """
 
 from __future__ import annotations
