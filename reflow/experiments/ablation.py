@@ -35,7 +35,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
     data: of --bed mnist. On --bed digits a student is a run of the trainer."""
     at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
-    budgets, middle, weights = ((30,), 30, (0.1,)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
+    budgets, middle, weights = ((12,), 12, (0.1,)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
     if at.digits:  # minutes a student: one budget and weight
         budgets, middle, weights = (middle if quick else ON_DIGITS,), middle if quick else ON_DIGITS, ()
     arms = [{"arm": arm, "loss": loss} for loss in ("mse", "aligned_v") for arm in ("single", "progressive", "single, equal evaluations")]

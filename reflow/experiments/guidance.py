@@ -32,7 +32,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
     data: of --bed mnist."""
     at = opened("guidance", out, bed=bed, data=data, quick=quick, report=report)
-    scales, fixed, steps = ((1, 3), (3,), 30) if quick else (SCALES, FIXED, 400)
+    scales, fixed, steps = ((1, 3), (3,), 12) if quick else (SCALES, FIXED, 400)
     place = at.bed
     references = {w: at.reference(guidance=guided(w), steps=160) for w in scales}
     asked = []

@@ -58,7 +58,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     at = opened("losses", out, bed=bed, data=data, quick=quick, report=report)
     names = ("uniform times", "+ features", FIRST[4], "4 windows, each sample by its own loss") if quick else tuple(ARMS)
     names = names if at.kind == "exact" else tuple(name for name in names if not ARMS[name][2])
-    steps, ref = 30 if quick else STEPS, at.reference()
+    steps, ref = 12 if quick else STEPS, at.reference()
     asked = cells.seeded([{"arm": name, "steps": steps} for name in names], seeds)
     rows = at.make(asked, lambda cell: measured(at, cell, ref, range(seeds)), *features.SOURCES)
     found = {"teacher": {str(k): measure.of_teacher(at.bed, k, ref) for k in (1, 2, 4, 8)}, "arms": gathered(rows)}

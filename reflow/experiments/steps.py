@@ -52,7 +52,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     def work(cell: cells.Cell) -> dict[str, Any]:
         steps, objective = ARMS[cell["arm"]]
         if steps:
-            spec = Student((Stage(WINDOWS, 30 if quick else steps, tuple(sorted(objective.items()))),), seed=cell["seed"])
+            spec = Student((Stage(WINDOWS, 12 if quick else steps, tuple(sorted(objective.items()))),), seed=cell["seed"])
             model, table = at.trained(spec, range(seeds))
         else:
             model, table = untrained(place), place.table(Windows.uniform(WINDOWS))

@@ -35,7 +35,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
     data: of --bed mnist."""
     at = opened("velocity-discrepancy", out, bed=bed, data=data, quick=quick, report=report)
-    steps, place = 30 if quick else 600, at.bed
+    steps, place = 12 if quick else 600, at.bed
     ref = at.reference()
     asked = cells.seeded([{"density": density, "steps": steps} for density in DENSITIES], seeds)
     own = velocities(place.path(place.teacher, place.solver(Windows.uniform(STEPS), 1), ref.noise, ref.labels), Windows.uniform(STEPS))

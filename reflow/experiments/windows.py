@@ -35,7 +35,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
     data: of --bed mnist."""
     at = opened("windows", out, bed=bed, data=data, quick=quick, report=report)
-    counts, steps, place, ref = (2,) if quick else COUNTS, 30 if quick else STEPS, at.bed, at.reference()
+    counts, steps, place, ref = (2,) if quick else COUNTS, 12 if quick else STEPS, at.bed, at.reference()
     densities = {cut: density(place, cut, ref) for cut in CUTS}
     edges = {(cut, k): edges_of(densities[cut], k) for cut in CUTS for k in counts}
     asked = [{"cut": cut, "windows": k, "edges": list(edges[cut, k]), "steps": n} for k in counts for cut in CUTS for n in (0, steps)]
