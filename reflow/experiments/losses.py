@@ -136,5 +136,5 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axis.set(xscale="log", xlabel={"paired": "paired error", "frechet": "Fréchet distance"}[key], title=title)
         axis.invert_yaxis()
         plain_ticks(axis.xaxis)
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="lower right")
     save(figure, path)
