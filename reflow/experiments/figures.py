@@ -30,8 +30,11 @@ def canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any
 def line_over(
     axis: Any, places: Sequence[float], values: Sequence[Interval], label: str, colour: str, *, marker: str = "o", style: str = "-"
 ) -> None:
-    """Means with their intervals as a band."""
+    """Means with their intervals as a band; at a single place as a bar."""
     means = [v.mean for v in values]
+    if len(places) == 1 and values[0].half_width is not None:
+        axis.errorbar(places, means, yerr=[values[0].half_width], color=colour, label=label, marker=marker, markersize=3.5, capsize=2, linestyle="none")
+        return
     axis.plot(places, means, color=colour, label=label, marker=marker, markersize=3.5, linewidth=1.6, linestyle=style)
     if all(v.low is not None for v in values):
         axis.fill_between(places, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.18, linewidth=0)

@@ -253,14 +253,14 @@ def test_conversions(folder, capsys):
     assert width[0.1]["VP_less_flow_deviation"]["mean"] > 0 and all(line["fine"] < 0.1 for line in width.values())
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_committed_run_is_what_its_rows_say(name):
-    path = RESULTS / f"{name}.json"
+@pytest.mark.parametrize("run", [*ALL, "ablation-digits"])
+def test_the_committed_run_is_what_its_rows_say(run):
+    name, path = run.removesuffix("-digits"), RESULTS / f"{run}.json"
     if not path.exists():
-        pytest.skip(f"no full run of {name} is committed")
-    summary, rows = json.loads(path.read_text()), cells.read(RESULTS / f"{name}.jsonl")
-    assert len(summary["seeds"]) >= (5 if name == "ablation" else 3) and summary["revision"] and "processor" in summary["machine"]
-    assert {row["version"] for row in rows} == {summary["version"]} and (RESULTS / f"{name}.png").stat().st_size < 300_000
+        pytest.skip(f"no full run of {run} is committed")
+    summary, rows = json.loads(path.read_text()), cells.read(RESULTS / f"{run}.jsonl")
+    assert len(summary["seeds"]) >= (5 if run == "ablation" else 3) and summary["revision"] and "processor" in summary["machine"]
+    assert {row["version"] for row in rows} == {summary["version"]} and (RESULTS / f"{run}.png").stat().st_size < 300_000
     again = {
         "time-density": lambda: {"rows": time_density.gathered(rows, {int(k): v for k, v in summary["found"]["teacher"].items()})},
         "ablation": lambda: {"differences": ablation.differences(rows), "weights": ablation.by_weight(rows)},
