@@ -33,7 +33,8 @@ def line_over(
     """Means with their intervals as a band; at a single place as a bar."""
     means = [v.mean for v in values]
     if len(places) == 1 and values[0].half_width is not None:
-        axis.errorbar(places, means, yerr=[values[0].half_width], color=colour, label=label, marker=marker, markersize=3.5, capsize=2, linestyle="none")
+        size = [values[0].half_width]
+        axis.errorbar(places, means, yerr=size, color=colour, label=label, marker=marker, markersize=3.5, capsize=2, linestyle="none")
         return
     axis.plot(places, means, color=colour, label=label, marker=marker, markersize=3.5, linewidth=1.6, linestyle=style)
     if all(v.low is not None for v in values):
