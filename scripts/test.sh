@@ -27,5 +27,5 @@ fi
 # On an x86 CPU once more with the instruction sets of an old one, which round and order sums otherwise: the rooms whose numbers others read.
 if [ $# -eq 0 ] && [ "$REFLOW_TEST_DEVICE" = cpu ] && [ "$(uname -m)" = x86_64 ]; then
   echo "The same numbers under another instruction set:"
-  ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 "$REFLOW_PYTHON" -m pytest -m "not slow and not launch" "${workers[@]}" tests/flow tests/sampling tests/export
+  ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 "$REFLOW_PYTHON" -m pytest -m "not slow and not launch" "${workers[@]}" tests/flow tests/sampling tests/export --ignore=tests/export/test_export_folder.py
 fi

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "soak"))
 
@@ -39,6 +41,7 @@ def test_every_target_and_every_explained_survivor_is_there():
     assert not gone, f"no such change is possible any more; take it out of survivors.json: {gone}"
 
 
+@pytest.mark.slow
 def test_a_change_reaches_the_tests_in_a_fork_and_no_file(tmp_path):
     before = (ROOT / "reflow" / "training" / "ema.py").read_bytes()
     path = [str(ROOT / "tests" / "soak"), str(ROOT), str(ROOT / "kernels")]

@@ -208,6 +208,7 @@ def test_machine_is_described():
     assert found["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_several_guidance_scales_have_a_report_each(base, untrained, tmp_path, capsys, device, monkeypatch):
     """An untrained student guided at 3 is its teacher's own DDIM guided at 3, in every report."""
     monkeypatch.setattr(suite_module, "Settings", functools.partial(Settings, teacher_steps=8, paths=8))

@@ -11,6 +11,7 @@ from reflow.experiments import digits_quality, digits_teacher
 from reflow.models import digits, family
 
 
+@pytest.mark.slow
 def test_script_writes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     out = tmp_path / "teacher"
     monkeypatch.setattr(

@@ -51,6 +51,7 @@ def test_a_step_holds_on_to_nothing(tmp_path, settings):
     assert slope(tmp_path, *settings) < growth.LIMIT
 
 
+@pytest.mark.slow
 def test_a_step_that_does_is_seen(tmp_path, monkeypatch):
     kept, update = [], Ema.update
 

@@ -134,7 +134,8 @@ def cut(settings, folder):
 
 
 @pytest.mark.parametrize("zero, precision, optimizer", [
-    (2, "fp32", "fused_adamw"), (3, "fp32", "fused_adamw8bit"), pytest.param(3, "bf16", "fused_adamw", marks=pytest.mark.slow),
+    (2, "fp32", "fused_adamw"), pytest.param(3, "fp32", "fused_adamw8bit", marks=pytest.mark.slow),
+    pytest.param(3, "bf16", "fused_adamw", marks=pytest.mark.slow),
     pytest.param(0, "fp32", "fused_adamw8bit", marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_equals_one_that_was_not_cut(tmp_path, zero, precision, optimizer):
     settings = recipe(tmp_path, zero, precision, optimizer)

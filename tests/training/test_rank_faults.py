@@ -86,6 +86,7 @@ def test_a_stopped_rank_ends_the_others_with_its_name(tmp_path):
     assert (run_dir / "checkpoints" / "latest").exists() and not list((run_dir / "stage-1").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for(tmp_path):
     def slow(process, _):
         """Stopped for less than the patience, again and again: a rank at a fraction of its speed."""

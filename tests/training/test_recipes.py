@@ -63,7 +63,7 @@ def test_every_model_and_method_that_is_promised_has_a_recipe():
 
 
 # What they set others set too: long tests.
-LIKE_OTHERS = ("sdxl-proreflow", "sdxl-perflow")
+LIKE_OTHERS = ("sdxl-proreflow", "sdxl-perflow", "sdxl-phased", "sd15-instaflow")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in RECIPES])

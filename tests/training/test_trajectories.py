@@ -231,6 +231,7 @@ def test_trajectories_that_micro_batches_of_two_image_sizes_would_share_are_refu
                 run.check_shapes(recipe, Two())
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_to_rounding_and_go_on_after_a_kill(tmp_path):
     """Trajectories of four windows in micro-batches of two ranks; the second stage's are of the first one's student."""
     sets = (*NOISE, MIXED, "stages.0.samples=64", "stages.1.samples=64", "checkpoint.every=32", "log.every=16", "validate.every=0", "train.zero_stage=1")

@@ -35,7 +35,7 @@ def records(folder, event):
 
 
 @pytest.mark.parametrize("overrides, guidances", [((), (1.0, 1.0)), (("teacher.guidance_scale=2.0", "validate.guidance_scale=1.5"), (2.0, 1.0)),
-                                                  (("validate.guidance_scale=1.5",), (1.5, 1.5))])
+                                                  pytest.param(("validate.guidance_scale=1.5",), (1.5, 1.5), marks=pytest.mark.slow)])
 def test_every_stage_ends_with_its_verdict_which_is_that_of_its_own_files(tmp_path, capsys, digits_base, overrides, guidances):
     recipe = tiny.recipe(tmp_path, "validate.every=1000", "validate.teacher_steps=16", "stages.0.samples=32", "stages.1.samples=32", *overrides)
     assert run.train(recipe, tmp_path / "run") == 0
