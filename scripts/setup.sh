@@ -20,9 +20,11 @@ reflow_setup() {
       "$python" -m venv "$root/.venv" || {
         echo "Could not create .venv: on Debian and Ubuntu install the package python3-venv first." >&2; return 2; }
       # DeepSpeed would otherwise try to compile its CUDA ops during the installation.
-      DS_BUILD_OPS=0 "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check \
+      DS_BUILD_OPS=0 "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile \
         -c "$root/constraints.txt" -e "$root[test]" || {
         echo "The installation failed; the lines above say why. Run the command again once that is cured." >&2; return 2; }
+      # On all cores, where pip takes one. Files that are no Python of this version are passed over, as pip does.
+      "$root/.venv/bin/python" -m compileall -q -j 0 "$root/.venv/lib" > /dev/null 2>&1 || true
       echo "$want" > "$root/.venv/.reflow-installed"
     fi
     REFLOW_PYTHON="$root/.venv/bin/python"
