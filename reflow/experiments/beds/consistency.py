@@ -25,7 +25,7 @@ from reflow.experiments.beds.terms import follower
 from reflow.experiments.store import Store
 from reflow.flow import ChordTable, Windows, index
 
-SOURCES = ("experiments/beds/consistency.py", "experiments/beds/fitting.py")
+SOURCES = ("experiments/beds/consistency.py",)
 
 
 @dataclass(frozen=True)

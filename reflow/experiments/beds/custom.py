@@ -25,7 +25,7 @@ from reflow.experiments.store import Store
 from reflow.flow import network_time
 from reflow.training import targets
 
-SOURCES = ("experiments/beds/custom.py", "experiments/beds/fitting.py", "weights/delta.py")
+SOURCES = ("experiments/beds/custom.py", "weights/delta.py")
 FADED = 0.6
 
 

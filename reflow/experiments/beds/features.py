@@ -27,7 +27,7 @@ from reflow.experiments.store import Store
 from reflow.flow import network_time
 from reflow.training import targets
 
-SOURCES = ("experiments/beds/features.py", "experiments/beds/fitting.py")
+SOURCES = ("experiments/beds/features.py",)
 
 
 @lru_cache(maxsize=1)

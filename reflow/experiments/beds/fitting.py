@@ -1,17 +1,17 @@
-"""One trainer for what is no chord student: optimizer, warm-up, clipping and average as in `students.train`, the loss is the caller's.
+"""One trainer for chord students and for what is none: optimizer, warm-up, clipping and average are its own, the loss is the caller's.
 
 So that another method, trained by a loss of its own, is compared at the same batch, optimizer and average.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from reflow.experiments.beds.exact import Correction
-from reflow.experiments.beds.students import rate
 
 Loss = Callable[[Correction, list[Tensor]], Tensor]  # (network, its average's tensors) -> mean over all rows of all networks
 Weights = dict[str, Tensor]
@@ -38,6 +38,13 @@ def fit(network: Correction, steps: int, loss: Loss, *, learning_rate: float) ->
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - min(0.99, (1 + step) / (10 + step)))
     names = [name for name, _ in network.named_parameters()]
     return [{name: value[i : i + 1].cpu() for name, value in zip(names, average, strict=True)} for i in range(count)]
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Warm-up, then half a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def side_by_side(network: Correction, each: Sequence[Weights]) -> Correction:

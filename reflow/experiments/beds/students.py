@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -26,6 +25,7 @@ import reflow
 import reflow_kernels
 from reflow.experiments.beds import scans
 from reflow.experiments.beds.exact import Correction, ExactBed, Model, student
+from reflow.experiments.beds.fitting import fit, side_by_side
 from reflow.experiments.beds.mixture import CLASSES, NULL
 from reflow.experiments.beds.terms import follower, kept_to_teacher, rest_of
 from reflow.experiments.store import Store
@@ -37,7 +37,7 @@ from reflow.training.draws import DATA, FORWARD, NOISE, kinds, on_paths
 
 TEACHER_STEPS = 32  # of the whole of time: a stage of K windows solves each in 32 / K
 # What the sources of a student say; a change in one of them makes all students anew.
-BEDS = tuple(f"experiments/beds/{name}.py" for name in ("mixture", "scans", "exact", "students", "terms"))
+BEDS = tuple(f"experiments/beds/{name}.py" for name in ("mixture", "scans", "exact", "students", "terms", "fitting"))
 SOURCES = ("flow", "training/targets.py", "training/draws.py", *BEDS)
 
 
@@ -198,49 +198,28 @@ def train(cohort: Sequence[Student], store: Store) -> list[dict[str, Tensor]]:
     bed, stage, device = spec.bed(), spec.stages[-1], spec.bed().device
     network = Correction(bed.mixture.means.shape[1], spec.width, spec.sees_output, seeds).to(device, bed.dtype)
     if len(spec.stages) > 1:
-        before = [weights(one.before(), store, seeds) for one in cohort]
-        network.load_state_dict({key: torch.cat([one[key] for one in before]) for key in before[0]})
+        side_by_side(network, [weights(one.before(), store, seeds) for one in cohort])
     settings, parts = stage.settings(), stage.parts
     table = ChordTable(bed.schedule, parts, spec.reading(), ends=ends(parts, stage.merges), device=device, dtype=bed.dtype)
     merger = Merger(table, stage.merges, share=stage.self_share) if stage.merges else None
     rest = rest_of(bed, parts, stage.active, TEACHER_STEPS) if stage.rest else []
     pools = [pool(_pool_key(one), store) for one in cohort]
-    parameters = list(network.parameters())
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     model = student(bed, network)
     generators = [torch.Generator().manual_seed(7919 * seed + len(spec.stages)) for seed in seeds]
-    warmup = min(20, stage.steps // 10)
-    for step in range(stage.steps):
+
+    def loss(network: Correction, average: list[Tensor]) -> Tensor:
         rows = [torch.randint(len(p[3]), (spec.batch,), generator=g) for p, g in zip(pools, generators, strict=True)]
         draws = torch.cat([torch.rand((spec.batch, 1, 2), generator=g) for g in generators]).to(device, bed.dtype)
         z_start, z_end, window, labels = (torch.cat([p[i][r.to(device)] for p, r in zip(pools, rows, strict=True)]) for i in range(4))
         weight = None
         if merger is not None:
-            z_end = merger.finish(follower(model, parameters, average, labels), z_end, window.cpu())
+            z_end = merger.finish(follower(model, list(network.parameters()), average, labels), z_end, window.cpu())
             weight = merger.weight[window]
         at = targets.points(z_start, z_end, window, draws, table, settings)
-        loss = targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings, weight=weight).loss * len(cohort)
-        if rest:
-            loss = loss + kept_to_teacher(bed, network, rest, spec.batch, generators) * len(cohort)
-        gradients = torch.autograd.grad(loss, parameters)
-        size = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        kept = (1.0 / size.clamp(min=1e-12)).clamp(max=1.0).view(-1, 1, 1)  # the gradient of each seed is at most 1 long
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient * kept
-        for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * rate(step, stage.steps, warmup)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - min(0.99, (1 + step) / (10 + step)))
-    names = [name for name, _ in network.named_parameters()]
-    return [{name: value[i : i + 1].cpu() for name, value in zip(names, average, strict=True)} for i in range(len(cohort))]
+        found = targets.loss(model(at.model_input, network_time(at.t), labels), at, table, settings, weight=weight).loss
+        return found + kept_to_teacher(bed, network, rest, spec.batch, generators) if rest else found
 
-
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Warm-up, then half a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return fit(network, stage.steps, loss, learning_rate=spec.learning_rate)
 
 
 def _pool_key(spec: Student) -> Student:
