@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -32,6 +32,22 @@ class Store:
             return load_file(self._path(name))
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{self._path(name)} cannot be read ({error}); remove it, and the same command makes it anew.") from error
+
+    def of_seeds(
+        self,
+        seed: int,
+        seeds: Iterable[int],
+        name: Callable[[int], str],
+        make: Callable[[list[int]], list[dict[str, Tensor]]],
+        about: Callable[[int], str],
+    ) -> dict[str, Tensor]:
+        """What is kept under the name of a seed; where it is not there, made now together with the others of `seeds` that are missing, since
+        networks that differ in their seed alone are trained side by side at little more than the cost of one."""
+        if not self.has(name(seed)):
+            missing = [one for one in sorted({seed, *seeds}) if not self.has(name(one))]
+            for one, made in zip(missing, make(missing), strict=True):
+                self.keep(name(one), made, about(one))
+        return self.tensors(name(seed), dict)
 
     def keep(self, name: str, made: dict[str, Tensor], about: str = "") -> None:
         self.made += 1

@@ -130,13 +130,16 @@ def data_of(spec: Consistency) -> tuple[Tensor, Tensor]:
 
 def trained(spec: Consistency, store: Store, seeds: Sequence[int] = ()) -> Model:
     """The student, from the store or trained now together with those of the other seeds."""
-    if not store.has(spec.name()):
-        missing = [one for one in (replace(spec, seed=seed) for seed in sorted({spec.seed, *seeds})) if not store.has(one.name())]
-        for one, made in zip(missing, train(missing), strict=True):
-            store.keep(one.name(), made, json.dumps(asdict(one)))
+    def at(seed: int) -> Consistency:
+        return replace(spec, seed=seed)
+
+    def make(missing: list[int]) -> list[Weights]:
+        return train([at(one) for one in missing])
+
+    kept = store.of_seeds(spec.seed, seeds, lambda one: at(one).name(), make, lambda one: json.dumps(asdict(at(one))))
     bed = spec.bed()
     correction = Correction(bed.mixture.means.shape[1], spec.width)
-    correction.load_state_dict(store.tensors(spec.name(), dict))
+    correction.load_state_dict(kept)
     return student(bed, correction.to(bed.device, bed.dtype).requires_grad_(False))
 
 

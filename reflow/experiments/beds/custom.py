@@ -120,12 +120,11 @@ def tune(cohort: Sequence[Custom], begin: Sequence[Weights]) -> list[Weights]:
 
 def tuned(spec: Custom, store: Store, seeds: Sequence[int] = ()) -> Weights:
     """The custom model's weights, from the store or made now with those of the other seeds."""
-    if not store.has(spec.name()):
-        missing = [one for one in (spec.at(seed) for seed in sorted({spec.seed, *seeds})) if not store.has(one.name())]
-        begin = [tuned(one.base, store, seeds) if one.base else first(one) for one in missing]
-        for one, made in zip(missing, tune(missing, begin), strict=True):
-            store.keep(one.name(), made, json.dumps(asdict(one)))
-    return store.tensors(spec.name(), dict)
+    def make(missing: list[int]) -> list[Weights]:
+        cohort = [spec.at(seed) for seed in missing]
+        return tune(cohort, [tuned(one.base, store, seeds) if one.base else first(one) for one in cohort])
+
+    return store.of_seeds(spec.seed, seeds, lambda one: spec.at(one).name(), make, lambda one: json.dumps(asdict(spec.at(one))))
 
 
 def pairs(spec: Student, teacher: Model, data: LowRankMixture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,10 +171,8 @@ def distilled(custom: Custom, spec: Student, store: Store, seeds: Sequence[int] 
     def name(seed: int) -> str:
         return custom.at(seed).name("student", replace(spec, seed=seed).resolved())
 
-    if not store.has(name(spec.seed)):
-        missing = [seed for seed in sorted({spec.seed, *seeds}) if not store.has(name(seed))]
+    def make(missing: list[int]) -> list[Weights]:
         begin = [tuned(custom.at(seed), store, seeds) for seed in missing]
-        teachers = [of_weights(custom.bed(), weights) for weights in begin]
-        for seed, made in zip(missing, distil([replace(spec, seed=s) for s in missing], begin, teachers, custom.data()), strict=True):
-            store.keep(name(seed), made, json.dumps(asdict(custom)))
-    return store.tensors(name(spec.seed), dict)
+        return distil([replace(spec, seed=s) for s in missing], begin, [of_weights(custom.bed(), own) for own in begin], custom.data())
+
+    return store.of_seeds(spec.seed, seeds, name, make, lambda _: json.dumps(asdict(custom)))

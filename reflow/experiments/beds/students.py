@@ -182,12 +182,13 @@ def correction_of(spec: Student, store: Store, seeds: Sequence[int] = ()) -> Cor
 
 def weights(spec: Student, store: Store, seeds: Sequence[int] = ()) -> dict[str, Tensor]:
     """The student's weights from the store, where they are put now if they are not there, and those of the other seeds with them."""
-    if not store.has(spec.name()):
-        fellows = [replace(spec, seed=seed) for seed in sorted({spec.seed, *seeds})]
-        missing = [fellow for fellow in fellows if not store.has(fellow.name())]
-        for fellow, made in zip(missing, train(missing, store), strict=True):
-            store.keep(fellow.name(), made, json.dumps(fellow.resolved()))
-    return store.tensors(spec.name(), dict)
+    def at(seed: int) -> Student:
+        return replace(spec, seed=seed)
+
+    def make(missing: list[int]) -> list[dict[str, Tensor]]:
+        return train([at(one) for one in missing], store)
+
+    return store.of_seeds(spec.seed, seeds, lambda one: at(one).name(), make, lambda one: json.dumps(at(one).resolved()))
 
 
 def train(cohort: Sequence[Student], store: Store) -> list[dict[str, Tensor]]:
