@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reflow.errors import UserError
-from reflow.evaluation.frechet import distance_of_moments, equal_sized, frechet_distance, moments
+from reflow.evaluation.measures.frechet import distance_of_moments, equal_sized, frechet_distance, moments
 
 
 def features(count, width, seed, scale=1.0, shift=0.0):
