@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("reflow.commands.train", "train a recipe; the same command resumes"),
     "sample": ("reflow.commands.sample", "make images from prompts"),
     "evaluate": ("reflow.commands.evaluate", "measure a run's students against their teacher"),
+    "compare": ("reflow.commands.compare", "put runs and evaluations side by side"),
     "export": ("reflow.commands.export", "write a run's student as a diffusers folder, a single file or delta weights"),
     "merge": ("reflow.commands.merge", "add delta weights to a base or a custom fine-tune"),
     "recipe": ("reflow.commands.recipe", "print a recipe as it stands, or with every key"),

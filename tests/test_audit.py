@@ -14,6 +14,8 @@ OURS = ("kernels", "reflow", "bench", "scripts")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Import names that are not the package's own.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+# What a test asks for only where it is installed: a browser without a screen, another make of Inception.
+WHERE_INSTALLED = {"PyQt6", "torch_fidelity"}
 # Declared and imported by nobody here, and why.
 FOR_OTHERS = {
     "tensorboard": "torch.utils.tensorboard writes with it",
@@ -67,7 +69,7 @@ def version(text: str) -> tuple[int, ...]:
 def test_what_is_imported_is_declared():
     extras = [name for name in PROJECT["optional-dependencies"] if name != "test"]
     assert foreign("kernels", "reflow") - declared(*extras) == set()
-    assert foreign("bench", "scripts", "tests") - declared(*extras, "test") == set()
+    assert foreign("bench", "scripts", "tests") - declared(*extras, "test") == WHERE_INSTALLED
 
 
 def test_what_is_declared_is_imported():

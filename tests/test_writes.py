@@ -12,6 +12,7 @@ ELSEWHERE = {
     "reflow/evaluation/pictures.py": {"quality", "curves", "progress"},
     "reflow/evaluation/page.py": {"write"},
     "reflow/export/folder.py": {"_single_precision", "_copy_parts"},
+    "reflow/evaluation/contenders/opening.py": {"_with_our_scheduler"},  # a temporary folder of links
     "reflow/models/single_file.py": {"_write", "_write_tokenizers"},
     "reflow/locks.py": {"alone"},
     "reflow/weights/files.py": {"save_tensors", "_order_header"},

@@ -1,4 +1,4 @@
-"""`reflow evaluate`: the students of a run against their teacher, as a table, report.json and a page."""
+"""`reflow evaluate`: few-step models against their teacher: the students of a run, or pipelines of any make."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reflow.commands import compared, comparing
 from reflow.errors import UserError
 from reflow.outputs import check_output
 
@@ -18,40 +19,62 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run-dir", required=True, help="the folder that training wrote")
+    parser.add_argument("--run-dir", help="the folder that training wrote: its teacher and the student of each stage")
     parser.add_argument(
+        "--pipeline", action=compared.Model, metavar="PATH", help="a model of any make: a diffusers folder or a single file; may be repeated"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=compared.scale,
+        action=compared.OfModel,
+        nargs="+",
+        metavar="SCALE",
+        help="of a run's teacher and its students that have learnt none, each of several with a report of its own for digits; of pipelines each "
+        "of several (default: none, or what a model is made for)",
+    )
+    parser.add_argument("--out", help="folder of the report (default: report/ in the run directory, evaluation/ for pipelines)")
+    parser.add_argument(
+        "--again", action="store_true", help="measure again although the report of these weights is there"
+    )
+    parser.add_argument("--device", help="of a digits run: cpu or cuda (default: the GPU where there is one)")
+    compared.arguments(parser)
+    group = parser.add_argument_group("the digits models, whose measures are features of the digits")
+    group.add_argument(
         "--samples",
         type=int,
         default=1797,
         help="images for each method and sampling seed (default: 1797, as many as there are real scans)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds; two or more give intervals (default: 3)")
-    parser.add_argument(
+    group.add_argument("--seeds", type=int, default=3, help="sampling seeds; two or more give intervals (default: 3)")
+    group.add_argument(
         "--unequal-sets",
         action="store_true",
         help="allow more samples than real scans; the Fréchet distance then has another bias",
     )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        nargs="+",
-        metavar="SCALE",
-        help="of the teacher and of students that have learnt none; each of several has its own report, in guidance-SCALE of "
-        "the folder (default: none, or what the students have learnt)",
-    )
-    parser.add_argument("--out", help="folder of the report (default: report/ in the run directory)")
-    parser.add_argument(
-        "--again", action="store_true", help="measure again although the report of these weights is there"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--beside", metavar="JSON", help="print the table of this committed experiment below, if it exists"
     )
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
+    models = compared.Models.of(args)
+    if bool(args.run_dir) == bool([model for model in models.named if not model.teacher]):
+        raise UserError("Write what to evaluate: --run-dir FOLDER for the students of a training run, or --pipeline PATH for models of any make.")
+    if args.run_dir and models.named:
+        raise UserError("--teacher is for pipelines: a run has its own teacher; leave it out.")
+    if args.run_dir:
+        from reflow.evaluation.runs import open_run
+
+        run = open_run(args.run_dir)
+        if run.recipe.model.family == "digits" and not args.protocol:
+            return digits(args, run)
+        return comparing.of_run(args, run)
+    return comparing.of_pipelines(args, compared.filled(models))
+
+
+def digits(args: argparse.Namespace, run: Run) -> int:
+    """The report of a digits run."""
     from reflow.evaluation import report, table
-    from reflow.evaluation.runs import open_run
     from reflow.evaluation.suite import Settings
 
     if args.seeds < 1:
@@ -59,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     wrong = next((scale for scale in args.guidance or () if not 1 <= scale <= 100), None)
     if wrong is not None:
         raise UserError(f"--guidance {wrong:g} is not possible; write numbers from 1 (none) to 100.")
-    run = open_run(args.run_dir)
+    comparing.refuse_for_digits(args)
     whole = Path(args.out) if args.out else run.folder / "report"
     scales: list[float | None] = list(dict.fromkeys(args.guidance or [None]))
     places = [whole / f"guidance-{scale:g}" if len(scales) > 1 else whole for scale in scales]

@@ -22,8 +22,8 @@ from reflow.data.digits import prompts
 from reflow.errors import UserError
 from reflow.evaluation import classifier as judge
 from reflow.evaluation import machine
-from reflow.evaluation.frechet import frechet_distance
 from reflow.evaluation.intervals import t_interval
+from reflow.evaluation.measures.frechet import frechet_distance
 from reflow.evaluation.methods import (
     Method,
     fine_windows,

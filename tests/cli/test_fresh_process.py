@@ -63,13 +63,13 @@ def test_help_needs_no_torch_and_names_every_command():
     assert done.returncode == 0 and done.stderr == ""
     heavy = {"torch", "numpy", "pydantic", "diffusers", "transformers"}
     assert "reflow.quiet" in modules.split() and not heavy & set(modules.split())
-    for name in ("train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env"):
+    for name in ("train", "sample", "evaluate", "compare", "export", "merge", "recipe", "experiment", "env"):
         assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in text), name
 
 
 def test_help_of_a_command_needs_no_torch():
     """All in one process: what one of them imported would still be there at the end."""
-    names = ("train", "sample", "evaluate", "export", "merge", "recipe", "experiment", "env")
+    names = ("train", "sample", "evaluate", "compare", "export", "merge", "recipe", "experiment", "env")
     done = fresh("-c", SEVERAL + "print(*sys.modules)", text="\n".join(f"{name}\t--help" for name in names))
     *text, modules = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and text.count("exit code 0") == len(names)
