@@ -20,15 +20,22 @@ _COEFS = ["output_coef", "sample_coef"]  # [B]: read one by one, at any address
 
 
 @triton.jit
-def _velocity(output, sample, output_coef, sample_coef, o_output, o_sample, o_coef, s_coef, mask, ACC, EVEN):
-    """v^ of a tile."""
-    b_velocity = load(output, o_output, mask, ACC, EVEN)
+def _tile(
+    output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
+    output_coef_stride, sample_coef_stride, ACC: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """(sample, offsets and mask [BLOCK], v^ and v [BLOCK]) of this program."""
+    program = tl.program_id(0).to(tl.int64)
+    i_b = program // TILES
+    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    b_velocity = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)
     if sample is not None:
-        b_sample = load(sample, o_sample, mask, ACC, EVEN)
-        a = tl.load(sample_coef + s_coef).to(ACC)
-        b = tl.load(output_coef + o_coef).to(ACC)
+        b_sample = load(sample, i_b * sample_stride + o_n, m_n, ACC, EVEN)
+        a = tl.load(sample_coef + i_b * sample_coef_stride).to(ACC)
+        b = tl.load(output_coef + i_b * output_coef_stride).to(ACC)
         b_velocity = a * b_sample + b * b_velocity
-    return b_velocity
+    return i_b, o_n, m_n, b_velocity, load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
 
 
 @triton.jit(
@@ -55,17 +62,12 @@ def _sums_kernel(
     EVEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    i_b = program // TILES
-    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_n = o_n < N
-    b_velocity = _velocity(
-        output, sample, output_coef, sample_coef, i_b * output_stride + o_n, i_b * sample_stride + o_n,
-        i_b * output_coef_stride, i_b * sample_coef_stride, m_n, ACC, EVEN,
+    _, _, m_n, b_velocity, b_target = _tile(
+        output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
+        output_coef_stride, sample_coef_stride, ACC, BLOCK, EVEN,
     )  # fmt: skip
     if not EVEN:
         b_velocity = tl.where(m_n, b_velocity, 0.0)
-    b_target = load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
-
     peak = tl.max(tl.abs(b_velocity))
     target_peak = tl.max(tl.abs(b_target))
     scale = shrink(peak, ACC)
@@ -73,18 +75,20 @@ def _sums_kernel(
     common = tl.minimum(scale, target_scale)
     b_velocity *= scale
     b_target *= target_scale
-    vv = tl.sum(b_target * b_target)
-    pv = tl.sum(b_velocity * b_target)
-    b_residual = b_velocity - slope(pv, vv, ACC) * b_target
-    b_difference = b_velocity * (common / scale) - b_target * (common / target_scale)
-    b_total = b_velocity * (common / scale) + b_target * (common / target_scale)
+    # Each value is summed where it is built: kept for later, they would not fit the registers.
     column = tl.cast(PROGRAMS, tl.int64)
     tl.store(sums + program, tl.sum(b_velocity * b_velocity))
+    vv = tl.sum(b_target * b_target)
     tl.store(sums + column + program, vv)
+    pv = tl.sum(b_velocity * b_target)
     tl.store(sums + 2 * column + program, pv)
+    b_residual = b_velocity - slope(pv, vv, ACC) * b_target
     tl.store(sums + 3 * column + program, tl.sum(b_residual * b_residual))
+    b_velocity *= common / scale
+    b_target *= common / target_scale
+    b_difference = b_velocity - b_target
     tl.store(sums + 4 * column + program, tl.sum(b_difference * b_difference))
-    tl.store(sums + 5 * column + program, tl.sum(b_difference * b_total))
+    tl.store(sums + 5 * column + program, tl.sum(b_difference * (b_velocity + b_target)))
     tl.store(sums + 6 * column + program, peak)
     tl.store(sums + 7 * column + program, target_peak)
 
@@ -114,15 +118,10 @@ def _gradient_kernel(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    i_b = program // TILES
-    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_n = o_n < N
-    b_velocity = _velocity(
-        output, sample, output_coef, sample_coef, i_b * output_stride + o_n, i_b * sample_stride + o_n,
-        i_b * output_coef_stride, i_b * sample_coef_stride, m_n, ACC, EVEN,
+    i_b, o_n, m_n, b_velocity, b_target = _tile(
+        output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
+        output_coef_stride, sample_coef_stride, ACC, BLOCK, EVEN,
     )  # fmt: skip
-    b_target = load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
     column = tl.cast(BATCH, tl.int64)
     c_d = tl.load(stats + i_b)
     c_p = tl.load(stats + column + i_b)
