@@ -20,22 +20,15 @@ _COEFS = ["output_coef", "sample_coef"]  # [B]: read one by one, at any address
 
 
 @triton.jit
-def _tile(
-    output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
-    output_coef_stride, sample_coef_stride, ACC: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """(sample, offsets and mask [BLOCK], v^ and v [BLOCK]) of this program."""
-    program = tl.program_id(0).to(tl.int64)
-    i_b = program // TILES
-    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < N
-    b_velocity = load(output, i_b * output_stride + o_n, m_n, ACC, EVEN)
+def _velocity(output, sample, output_coef, sample_coef, o_output, o_sample, o_coef, s_coef, mask, ACC, EVEN):
+    """v^ of a tile."""
+    b_velocity = load(output, o_output, mask, ACC, EVEN)
     if sample is not None:
-        b_sample = load(sample, i_b * sample_stride + o_n, m_n, ACC, EVEN)
-        a = tl.load(sample_coef + i_b * sample_coef_stride).to(ACC)
-        b = tl.load(output_coef + i_b * output_coef_stride).to(ACC)
+        b_sample = load(sample, o_sample, mask, ACC, EVEN)
+        a = tl.load(sample_coef + s_coef).to(ACC)
+        b = tl.load(output_coef + o_coef).to(ACC)
         b_velocity = a * b_sample + b * b_velocity
-    return i_b, o_n, m_n, b_velocity, load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
+    return b_velocity
 
 
 @triton.jit(
@@ -62,12 +55,17 @@ def _sums_kernel(
     EVEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    _, _, m_n, b_velocity, b_target = _tile(
-        output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
-        output_coef_stride, sample_coef_stride, ACC, BLOCK, EVEN,
+    i_b = program // TILES
+    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_n = o_n < N
+    b_velocity = _velocity(
+        output, sample, output_coef, sample_coef, i_b * output_stride + o_n, i_b * sample_stride + o_n,
+        i_b * output_coef_stride, i_b * sample_coef_stride, m_n, ACC, EVEN,
     )  # fmt: skip
     if not EVEN:
         b_velocity = tl.where(m_n, b_velocity, 0.0)
+    b_target = load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
+
     peak = tl.max(tl.abs(b_velocity))
     target_peak = tl.max(tl.abs(b_target))
     scale = shrink(peak, ACC)
@@ -118,10 +116,15 @@ def _gradient_kernel(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    i_b, o_n, m_n, b_velocity, b_target = _tile(
-        output, target, sample, output_coef, sample_coef, N, TILES, output_stride, target_stride, sample_stride,
-        output_coef_stride, sample_coef_stride, ACC, BLOCK, EVEN,
+    program = tl.program_id(0).to(tl.int64)
+    i_b = program // TILES
+    o_n = (program % TILES) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_n = o_n < N
+    b_velocity = _velocity(
+        output, sample, output_coef, sample_coef, i_b * output_stride + o_n, i_b * sample_stride + o_n,
+        i_b * output_coef_stride, i_b * sample_coef_stride, m_n, ACC, EVEN,
     )  # fmt: skip
+    b_target = load(target, i_b * target_stride + o_n, m_n, ACC, EVEN)
     column = tl.cast(BATCH, tl.int64)
     c_d = tl.load(stats + i_b)
     c_p = tl.load(stats + column + i_b)
