@@ -114,14 +114,15 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def finish(path: Path, name: str, bed: str, rows: Sequence[Row], text: str, found: dict[str, Any]) -> None:
-    """Writes `path` (.json: what was found, command, seeds, revision, machine, versions, processor time) and .md beside it, and prints that."""
+def finish(path: Path, name: str, bed: str, rows: Sequence[Row], text: str, found: dict[str, Any], *, device: str = "cpu") -> None:
+    """Writes `path` (.json: what was found, command, seeds, revision, device, machine, versions, processor time) and .md beside it, prints that."""
     seeds = sorted({row["cell"]["seed"] for row in rows if "seed" in row["cell"]})
     summary = {
         "experiment": name,
-        "command": f"reflow experiment {name} --bed {bed} --seeds {len(seeds)}",
+        "command": f"reflow experiment {name} --bed {bed} --seeds {len(seeds)}" + ("" if device == "cpu" else f" --device {device}"),
         "seeds": seeds,
         "revision": revision(),
+        "device": device,
         "version": rows[0]["version"] if rows else None,
         "cpu_seconds": round(sum(row.get("cpu_seconds", 0.0) for row in rows), 1),
         "found": found,
