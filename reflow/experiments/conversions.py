@@ -83,7 +83,7 @@ def of_readings(at: Opened, cell: cells.Cell, seeds: range) -> dict[str, Any]:
         should = readings.ddim(own, mine, x, steps)
         product = through_product(own, mine, x, steps)
         others = [readings.euler(f, nets[name], x, times) for name, f in known.items() if name not in (cell["family"], "VP, table")]
-        single = network(at.bed.mixture.to(torch.float32).of(labels), own.schedule, own.kind)
+        single = network(at.bed.mixture.to(torch.float32, at.bed.device).of(labels), own.schedule, own.kind)
         found[str(steps)] = {
             "euler": largest(readings.euler(own, mine, x, times), should),
             "product": largest(product, should),

@@ -9,7 +9,6 @@ import contextlib
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -19,17 +18,17 @@ NUMBER_TOO = {aten.index_put, aten.index_put_, aten._index_put_impl_, aten.fill_
 
 
 class Pretend(torch.Tensor):
-    """held: the numbers, on the CPU. To torch's own machinery it is a meta tensor, which needs no driver."""
+    """held: the numbers. To torch's own machinery it is a CPU tensor, which needs no driver; to whoever asks in Python, one of the GPU."""
 
     @staticmethod
     def __new__(cls, held):
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device="meta")
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype)
         made.held = held.detach()
         return made
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
-    is_cpu = is_meta = property(lambda self: False)
+    is_cpu = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __repr__(self):
@@ -37,42 +36,48 @@ class Pretend(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        refuse(func, args, kwargs)
-        leaves = False
-        if kwargs.get("device") is not None:
-            leaves, kwargs["device"] = torch.device(kwargs["device"]).type == "cpu", torch.device("cpu")
-        known = {}
+        known, plain, kwargs = {}, [], kwargs or {}
 
         def inner(value):
-            if isinstance(value, torch.Tensor):
-                known[id(held_of(value))] = value
-            return held_of(value)
+            if isinstance(value, Pretend):
+                known[id(value.held)] = value
+                return value.held
+            known[id(value)] = value
+            plain.append(value)
+            return value
 
-        found = func(*tree_map(inner, args), **tree_map(inner, kwargs))
+        own, more = each(args, inner), {key: each(value, inner) for key, value in kwargs.items()}
+        refuse(func, args, plain, kwargs)
         # What an operation in place returns is what it was given.
-        return tree_map(lambda v: v if leaves or not isinstance(v, torch.Tensor) else known.get(id(v), None) if id(v) in known else Pretend(v), found)
+        return each(func(*own, **more), lambda value: known[id(value)] if id(value) in known else Pretend(value))
+
+
+def each(value, change):
+    """Lists and tuples of tensors, changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return type(value)(each(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
 def held_of(value):
     return value.held if isinstance(value, Pretend) else value
 
 
-def refuse(func, args, kwargs):
-    """Raises RuntimeError, as torch does, where tensors of both devices meet."""
-    op, asked = func.overloadpacket, (args, kwargs)
-    if any(isinstance(v, torch.Generator) for v in tree_leaves(asked)):
+def refuse(func, args, plain, kwargs):
+    """Raises RuntimeError, as torch does, where tensors of the GPU meet the CPU's: `plain`, or a generator."""
+    if kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
-    if op in BETWEEN:
+    op = func.overloadpacket
+    if not plain or op in BETWEEN:
         return
     if op in INDEXED:
         if not isinstance(args[0], Pretend):
             raise RuntimeError(f"{func}: indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        asked = (args[0], *args[2:])
-    numbers = torch.Tag.pointwise in func.tags or op in NUMBER_TOO or func.name().startswith("aten::_foreach")
-    others = [v for v in tree_leaves(asked) if isinstance(v, torch.Tensor) and not isinstance(v, Pretend) and not (numbers and v.ndim == 0)]
-    if others:
-        shapes = ", ".join(str(list(v.shape)) for v in others)
+        plain = [value for value in plain if not any(value is index for index in args[1])]
+    if torch.Tag.pointwise in func.tags or op in NUMBER_TOO or func.name().startswith("aten::_foreach"):
+        plain = [value for value in plain if value.ndim]
+    if plain:
+        shapes = ", ".join(str(list(value.shape)) for value in plain)
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device, cuda:0, but found {shapes} on cpu")
 
 
@@ -81,10 +86,12 @@ class Gpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.to:
-            return moved(*args, **kwargs)
-        if func is torch.Tensor.cuda:
-            return moved(args[0], GPU)
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            return moved(*args, **{torch.Tensor.cpu: {"device": "cpu"}, torch.Tensor.cuda: {"device": GPU}}.get(func, kwargs))
+        if func is torch.Tensor.tolist:
+            return held_of(args[0]).tolist()
+        if func is torch.Tensor.numpy and isinstance(args[0], Pretend):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if not on_gpu(kwargs.get("device")):
             return func(*args, **kwargs)
         if isinstance(kwargs.get("generator"), torch.Generator):
@@ -109,9 +116,10 @@ def moved(value, *args, **kwargs):
     dtype = dtype or value.dtype
     if place is None or on_gpu(place) == isinstance(value, Pretend):
         return torch.Tensor.to(value, dtype)
-    if isinstance(value, Pretend):
-        return torch.Tensor.to(value, "cpu", dtype)
-    return Pretend(value.detach().to(dtype, copy=True))
+    if value.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("Gradients from one device to the other are not pretended.")
+    held = held_of(value).detach().to(dtype, copy=True)
+    return held if isinstance(value, Pretend) else Pretend(held)
 
 
 @contextlib.contextmanager
@@ -120,5 +128,6 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
     monkeypatch.setenv("REFLOW_KERNELS_BACKEND", "torch")
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # else parameters are cast where they lie
     with Gpu():
         yield
