@@ -19,7 +19,6 @@ from reflow.errors import UserError
 from reflow.outputs import check_output
 from reflow.recipes.reading import nearest
 
-
 SAID = {"device": "cpu or cuda"}  # of options whose default says too little
 
 
