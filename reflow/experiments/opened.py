@@ -76,7 +76,7 @@ class Opened:
         return students.correction_of(students.on(self.bed, spec), self.store)
 
     def finish(self, rows: Sequence[cells.Row], text: str, found: dict[str, Any]) -> None:
-        cells.finish(self.path("json"), self.name, self.kind, rows, text, found, device=self.bed.device)
+        cells.finish(self.path("json"), self.name, self.kind, rows, text, found, device="" if self.digits else self.bed.device)
 
 
 def opened(

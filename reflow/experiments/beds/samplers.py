@@ -46,7 +46,8 @@ class Field:
         frequencies[size] /= cls.SPAN
         phases = 2 * math.pi * torch.rand(cls.FEATURES, generator=generator, dtype=torch.float64)
         values = torch.randn((cls.FEATURES, size), generator=generator, dtype=torch.float64) * math.sqrt(2 / cls.FEATURES)
-        return cls(*(value.to(device, dtype) for value in (frequencies, phases, values)), even)
+        frequencies, phases, values = (value.to(device, dtype) for value in (frequencies, phases, values))
+        return cls(frequencies, phases, values, even)
 
     def __call__(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
         inside = torch.addmm(self.phases + math.atan2(sigma, alpha) * self.frequencies[-1], z / math.hypot(alpha, sigma), self.frequencies[:-1])
