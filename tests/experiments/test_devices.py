@@ -152,7 +152,7 @@ def test_the_beds_make_on_a_gpu_what_they_make_on_the_cpu(tmp_path, gpu, close):
 ])  # fmt: skip
 def test_a_tensor_left_on_the_cpu_is_found(tmp_path, monkeypatch, gpu, owner, name, wrong):
     original = getattr(owner, name)
-    with gpu(), pytest.raises((RuntimeError, ValueError), match="same device"):
+    with gpu(), pytest.raises((RuntimeError, ValueError), match="device"):
         monkeypatch.setattr(owner, name, lambda self, *more: (original if getattr(self, "device", "") == "cpu" else wrong)(self, *more))
         students.train([replace(STUDENTS[0], pairs=64, batch=16, width=16, device="cuda")], Store(tmp_path))
 
@@ -164,7 +164,7 @@ def test_the_command_says_where_and_keeps_both(tmp_path, gpu, close, capsys):
             assert experiment.run(arguments("steps", "--quick", "--seeds", "1", "--out", str(out), *words)) == 0
         summary = json.loads((out / "steps.json").read_text())
         assert summary["command"].endswith(" ".join(("--seeds 1", *words))) and summary["device"] == (words or ("", "cpu"))[1]
-    assert summary["machine"]["gpu"].startswith("1 x ")
+    assert " x " in summary["machine"]["gpu"]
     rows = cells.read(out / "steps.jsonl")
     here, there = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert {row["version"] for row in there} == {f"{here[0]['version']}-cuda"}
