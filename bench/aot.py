@@ -147,7 +147,8 @@ def _compile(number: int) -> dict:
 def _variant(item) -> str:
     """Which optional operands are there: absent ones are constants that are None."""
     absent = [name for name, value in item.constants if value is None]
-    parts = [f"no {name}" for name in absent if name in ("sample", "weight", "guidance_scale", "rescale")]
+    parts = [f"no {name}" for name in absent if name in ("sample", "weight", "guidance_scale", "rescale", "average")]
+    parts += ["8 bits"] if "qmap1" in dict(item.signature) and "qmap1" not in absent else []
     parts += [f"{value} points" for name, value in item.constants if name == "POINTS" and value > 1]
     parts += [f"{value} reads of partial sums" for name, value in item.constants if name == "CHUNKS" and value > 1]
     return ", ".join(parts)

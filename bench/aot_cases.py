@@ -169,16 +169,12 @@ def _run_optimizer(size: int, dtype: torch.dtype, offset: bool) -> None:
 
     one, shares = torch.ones(()), -(-size // adamw_kernels.SHARE)
     numbers = adamw_kernels.Numbers(*[0.5] * len(adamw_kernels.Numbers._fields))
-    param, grad, *moments = empty(), empty(dtype=dtype), empty(), empty()
-    states = (
-        *(empty(dtype=torch.uint8) for _ in range(2)),
-        empty(shares),
-        empty(shares),
-        torch.empty(256),
-        torch.empty(256),
-    )
+    param, grad = empty(), empty(dtype=dtype)
+    codes = (empty(dtype=torch.uint8) for _ in range(2))
+    single = adamw_kernels.Moments(empty(), empty())
+    packed = adamw_kernels.Moments(*codes, empty(shares), empty(shares), torch.empty(256), torch.empty(256))
     full = empty(), empty(dtype=dtype), adamw_kernels.Scalars(one, one, one, one)
     bare = None, None, adamw_kernels.Scalars(None, None, None, None)
     for rest in (full, bare):
-        adamw_kernels.adamw(param, grad, *moments, *rest, numbers)
-        adamw_kernels.adamw8bit(param, grad, states, *rest, numbers)
+        for moments in (single, packed):
+            adamw_kernels.adamw(param, grad, moments, *rest, numbers)

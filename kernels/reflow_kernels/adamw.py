@@ -268,18 +268,15 @@ def _scalars(
 
 
 def _run(o: Operands) -> None:
-    if dispatch.select("fused_adamw", o.param.device, o.backend, o.strict) == "triton" and o.param.numel():
-        kernels = dispatch.triton_module("adamw")
-        kernels.adamw(*o[:6], kernels.Scalars(*_scalars_of(o)), kernels.Numbers(*_numbers(o)))
+    if _on_triton("fused_adamw", o):
+        _launch(o, o.exp_avg, o.exp_avg_sq)
     elif o.param.numel():
         reference.fused_adamw(*o[:4], average=o.average, copy=o.copy, **_options(o))
 
 
 def _run8bit(o: Operands8bit) -> None:
-    if dispatch.select("fused_adamw8bit", o.param.device, o.backend, o.strict) == "triton" and o.param.numel():
-        kernels = dispatch.triton_module("adamw")
-        scalars, numbers = kernels.Scalars(*_scalars_of(o)), kernels.Numbers(*_numbers(o))
-        kernels.adamw8bit(o.param, o.grad, o[2:8], o.average, o.copy, scalars, numbers)
+    if _on_triton("fused_adamw8bit", o):
+        _launch(o, *o[2:8])
     elif o.param.numel():
         reference.fused_adamw8bit(*o[:8], average=o.average, copy=o.copy, **_options(o))
 
@@ -302,8 +299,8 @@ _ADAMW8BIT = Op(
 )
 
 
-def _scalars_of(o: Operands | Operands8bit) -> tuple[Tensor | None, ...]:
-    return o.grad_scale, o.learning_rate, o.step, o.decay
+def _on_triton(name: str, o: Operands | Operands8bit) -> bool:
+    return dispatch.select(name, o.param.device, o.backend, o.strict) == "triton" and o.param.numel() > 0
 
 
 def _options(o: Operands | Operands8bit) -> dict[str, Any]:
@@ -315,19 +312,22 @@ def _options(o: Operands | Operands8bit) -> dict[str, Any]:
     }
 
 
-def _numbers(o: Operands | Operands8bit) -> tuple[float, ...]:
-    """The kernels' numbers, each computed in fp64 as PyTorch computes it."""
-    return (
-        o.rate,
-        1 - o.rate * o.weight_decay,
-        o.weight_decay,
-        float(correction(o.beta1, o.number)),
-        math.sqrt(correction(o.beta2, o.number)),
-        1 - o.beta1,
-        o.beta2,
-        1 - o.beta2,
-        o.eps,
-        1 - o.keep,
-        logarithm(o.beta1),
-        logarithm(o.beta2),
+def _launch(o: Operands | Operands8bit, *moments: Tensor) -> None:
+    """Start the kernel; its numbers are each computed in fp64 as PyTorch computes it."""
+    kernels = dispatch.triton_module("adamw")
+    numbers = kernels.Numbers(
+        rate=o.rate,
+        shrink=1 - o.rate * o.weight_decay,
+        weight_decay=o.weight_decay,
+        correction1=float(correction(o.beta1, o.number)),
+        root2=math.sqrt(correction(o.beta2, o.number)),
+        weight1=1 - o.beta1,
+        beta2=o.beta2,
+        weight2=1 - o.beta2,
+        eps=o.eps,
+        average_weight=1 - o.keep,
+        logarithm1=logarithm(o.beta1),
+        logarithm2=logarithm(o.beta2),
     )
+    scalars = kernels.Scalars(o.grad_scale, o.learning_rate, o.step, o.decay)
+    kernels.adamw(o.param, o.grad, kernels.Moments(*moments), o.average, o.copy, scalars, numbers)

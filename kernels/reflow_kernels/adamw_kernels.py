@@ -1,4 +1,4 @@
-"""Triton kernels of :func:`reflow_kernels.fused_adamw` and its 8-bit form: each state is read and written once."""
+"""Triton kernel of :func:`reflow_kernels.fused_adamw` and of its 8-bit form: each state is read and written once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ CHUNK = 1024  # elements a program handles, 8 a lane; half of both where they li
 
 
 class Numbers(NamedTuple):
-    """What a step needs besides tensors. Those that live on the device are given as one-element tensors beside it."""
+    """What a step needs besides tensors, in the order of the kernel's arguments; given by name.
+
+    Those that live on the device are given as one-element tensors (:class:`Scalars`) and then not read here.
+    """
 
     rate: float
     shrink: float  # 1 - rate * weight_decay
@@ -28,8 +31,19 @@ class Numbers(NamedTuple):
     weight2: float  # 1 - beta2
     eps: float
     average_weight: float  # 1 - decay
-    logarithm1: float
+    logarithm1: float  # log beta1, as the next for a step on the device
     logarithm2: float
+
+
+class Moments(NamedTuple):
+    """Both moments [N]: in fp32, or codes of 8 bits with the scale of each block of 256 and their maps [256]."""
+
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor | None = None
+    absmax2: Tensor | None = None
+    qmap1: Tensor | None = None
+    qmap2: Tensor | None = None
 
 
 class Scalars(NamedTuple):
@@ -48,114 +62,6 @@ def _remainder(logarithm, step):
     tail = 1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0)))
     series = -x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * tail)))
     return tl.where(x > -0.5, series, 1.0 - tl.exp(x))
-
-
-@triton.jit
-def _step(
-    b_param,
-    b_grad,
-    b_first,
-    b_second,
-    grad_scale,
-    learning_rate,
-    step,
-    rate,
-    shrink,
-    weight_decay,
-    correction1,
-    root2,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    logarithm1,
-    logarithm2,
-):
-    """(param, first moment, second moment) after the step, all fp32."""
-    if grad_scale is not None:
-        b_grad = b_grad * tl.load(grad_scale).to(tl.float32)
-    if step is not None:
-        number = tl.load(step).to(tl.float32)
-        correction1 = _remainder(logarithm1, number)
-        root2 = square_root(_remainder(logarithm2, number), tl.float32)
-    if learning_rate is not None:
-        rate = tl.load(learning_rate).to(tl.float32)
-        shrink = 1.0 - rate * weight_decay
-    b_first = lerp(b_first, b_grad, weight1)
-    b_second = b_second * beta2 + weight2 * (b_grad * b_grad)
-    b_zero = tl.zeros_like(b_param)
-    b_denominator = divide(square_root(b_second, tl.float32), b_zero + root2, tl.float32) + eps
-    b_size = divide(b_zero + rate, b_zero + correction1, tl.float32)
-    b_param = b_param * shrink - b_size * divide(b_first, b_denominator, tl.float32)
-    return b_param, b_first, b_second
-
-
-@triton.jit
-def _finish(b_param, average, copy, decay, average_weight, offsets, mask, EVEN: tl.constexpr):
-    """What follows the step: the average of the weights, and their copy for the network."""
-    if average is not None:
-        b_average = load(average, offsets, mask, tl.float32, EVEN)
-        if decay is not None:
-            average_weight = (1.0 - tl.load(decay)).to(tl.float32)
-        store(average, offsets, lerp(b_average, b_param, tl.zeros_like(b_param) + average_weight), mask, EVEN)
-    if copy is not None:
-        store(copy, offsets, b_param, mask, EVEN)
-
-
-@triton.jit
-def _adamw_kernel(
-    param,  # [N], as the next five
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    average,  # None without an average
-    copy,  # None without a copy
-    grad_scale,  # one element, as the three below, or None
-    learning_rate,
-    step,
-    decay,
-    N,
-    rate,
-    shrink,
-    weight_decay,
-    correction1,
-    root2,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    average_weight,
-    logarithm1,
-    logarithm2,
-    BLOCK: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_n = o_n < N
-    b_param, b_first, b_second = _step(
-        load(param, o_n, m_n, tl.float32, EVEN),
-        load(grad, o_n, m_n, tl.float32, EVEN),
-        load(exp_avg, o_n, m_n, tl.float32, EVEN),
-        load(exp_avg_sq, o_n, m_n, tl.float32, EVEN),
-        grad_scale,
-        learning_rate,
-        step,
-        rate,
-        shrink,
-        weight_decay,
-        correction1,
-        root2,
-        weight1,
-        beta2,
-        weight2,
-        eps,
-        logarithm1,
-        logarithm2,
-    )
-    store(exp_avg, o_n, b_first, m_n, EVEN)
-    store(exp_avg_sq, o_n, b_second, m_n, EVEN)
-    store(param, o_n, b_param, m_n, EVEN)
-    _finish(b_param, average, copy, decay, average_weight, o_n, m_n, EVEN)
 
 
 @triton.jit
@@ -185,34 +91,39 @@ def _pack(b_moment, state, absmax, qmap, offsets, mask, o_block, m_block, EVEN: 
 
 @triton.jit
 def _unpack(state, absmax, qmap, offsets, mask, o_block, m_block, EVEN: tl.constexpr):
-    """A moment [ROWS, 256] in fp32; 0 beyond its end."""
-    if EVEN:
-        b_code = tl.load(state + offsets)
+    """A moment [ROWS, SHARE] in fp32; 0 beyond its end."""
+    if absmax is None:
+        b_moment = load(state, offsets, mask, tl.float32, EVEN)
     else:
-        b_code = tl.load(state + offsets, mask=mask, other=0)
-    b_scale = tl.load(absmax + o_block, mask=m_block, other=0.0)
-    b_moment = tl.load(qmap + b_code.to(tl.int32)) * b_scale[:, None]
-    return b_moment if EVEN else tl.where(mask, b_moment, 0.0)
+        if EVEN:
+            b_code = tl.load(state + offsets)
+        else:
+            b_code = tl.load(state + offsets, mask=mask, other=0)
+        b_scale = tl.load(absmax + o_block, mask=m_block, other=0.0)
+        b_moment = tl.load(qmap + b_code.to(tl.int32)) * b_scale[:, None]
+        if not EVEN:
+            b_moment = tl.where(mask, b_moment, 0.0)
+    return b_moment
 
 
 @triton.jit
-def _adamw8bit_kernel(
-    param,  # [N], as the next five
+def _adamw_kernel(
+    param,  # [N], as the next three
     grad,
-    state1,
+    state1,  # fp32, or codes of 8 bits, as the next
     state2,
-    average,  # None without an average
-    copy,  # None without a copy
-    absmax1,  # [ceil(N / 256)]
+    absmax1,  # [ceil(N / SHARE)], as the next; None, as the next three, where the moments are fp32
     absmax2,
-    qmap1,  # [256]
+    qmap1,  # [256], as the next
     qmap2,
+    average,  # [N], or None without an average
+    copy,  # [N], or None without a copy
     grad_scale,  # one element, as the three below, or None
     learning_rate,
     step,
     decay,
     N,
-    rate,
+    rate,  # from here on the fields of Numbers, in their order
     shrink,
     weight_decay,
     correction1,
@@ -233,30 +144,80 @@ def _adamw8bit_kernel(
     o_n = o_block[:, None] * SHARE + tl.arange(0, SHARE)[None, :]  # [ROWS, SHARE]
     m_n = o_n < N
     m_block = o_block * SHARE < N
-    b_param, b_first, b_second = _step(
-        load(param, o_n, m_n, tl.float32, EVEN),
-        load(grad, o_n, m_n, tl.float32, EVEN),
-        _unpack(state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN),
-        _unpack(state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN),
-        grad_scale,
-        learning_rate,
-        step,
-        rate,
-        shrink,
-        weight_decay,
-        correction1,
-        root2,
-        weight1,
-        beta2,
-        weight2,
-        eps,
-        logarithm1,
-        logarithm2,
-    )
+    b_param = load(param, o_n, m_n, tl.float32, EVEN)
+    b_grad = load(grad, o_n, m_n, tl.float32, EVEN)
+    b_first = _unpack(state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN)
+    b_second = _unpack(state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN)
+    if grad_scale is not None:
+        b_grad = b_grad * tl.load(grad_scale).to(tl.float32)
+    b_first = lerp(b_first, b_grad, weight1)
+    b_second = b_second * beta2 + weight2 * (b_grad * b_grad)
+    # Divisions take registers beside all that is still needed: moments in fp32 go before them, and what is divided for
+    # the 8-bit ones comes last.
+    if absmax1 is None:
+        store(state1, o_n, b_first, m_n, EVEN)
+        store(state2, o_n, b_second, m_n, EVEN)
+
+    if step is not None:
+        number = tl.load(step).to(tl.float32)
+        correction1 = _remainder(logarithm1, number)
+        root2 = square_root(_remainder(logarithm2, number), tl.float32)
+    if learning_rate is not None:
+        rate = tl.load(learning_rate).to(tl.float32)
+        shrink = 1.0 - rate * weight_decay
+    b_zero = tl.zeros_like(b_param)
+    b_denominator = divide(square_root(b_second, tl.float32), b_zero + root2, tl.float32) + eps
+    b_size = divide(b_zero + rate, b_zero + correction1, tl.float32)
+    b_param = b_param * shrink - b_size * divide(b_first, b_denominator, tl.float32)
     store(param, o_n, b_param, m_n, EVEN)
-    _finish(b_param, average, copy, decay, average_weight, o_n, m_n, EVEN)
-    _pack(b_first, state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN)
-    _pack(b_second, state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN)
+    if average is not None:
+        b_average = load(average, o_n, m_n, tl.float32, EVEN)
+        if decay is not None:
+            average_weight = (1.0 - tl.load(decay)).to(tl.float32)
+        store(average, o_n, lerp(b_average, b_param, b_zero + average_weight), m_n, EVEN)
+    if copy is not None:
+        store(copy, o_n, b_param, m_n, EVEN)
+    if absmax1 is not None:
+        _pack(b_first, state1, absmax1, qmap1, o_n, m_n, o_block, m_block, EVEN)
+        _pack(b_second, state2, absmax2, qmap2, o_n, m_n, o_block, m_block, EVEN)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    average: Tensor | None,
+    copy: Tensor | None,
+    scalars: Scalars,
+    numbers: Numbers,
+) -> None:
+    """One launch over flat tensors [N]."""
+    operands = (param, grad, *moments, average, copy, *scalars)
+    key = ("adamw", *plans.kinds(*operands))
+    one: Any = plans.find(key)
+    if one is None:
+        one = plans.keep(key, _prepare(param, grad, moments, average, copy))
+    launch.start(one, *operands, param.numel(), *numbers)
+
+
+def _prepare(
+    param: Tensor, grad: Tensor, moments: Moments, average: Tensor | None, copy: Tensor | None
+) -> launch.Launch:
+    """The launch for tensors of this size; its numbers change from step to step and are given with the tensors."""
+    size = param.numel()
+    block = _block(param, grad, *moments[:2], average, copy)
+    if moments.absmax1 is None:
+        block = min(block, max(128, launch.power_of_two(size)))
+    warps = min(max(CHUNK // (8 * launch._LANES), 1), max(block // (4 * launch._LANES), 1))
+    return launch.Launch(
+        _adamw_kernel,
+        -(-size // block),
+        warps,
+        (),
+        SHARE=block if moments.absmax1 is None else SHARE,
+        BLOCK=block,
+        EVEN=size % block == 0,
+    )
 
 
 def _block(*tensors: Tensor | None) -> int:
@@ -264,52 +225,3 @@ def _block(*tensors: Tensor | None) -> int:
     given = [tensor for tensor in tensors if tensor is not None]
     whole = given[0].numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in given)
     return CHUNK if whole else CHUNK // 2
-
-
-def _least(size: int) -> int:
-    return max(128, launch.power_of_two(size))
-
-
-def _warps(block: int) -> int:
-    return min(max(CHUNK // (8 * launch._LANES), 1), max(block // (4 * launch._LANES), 1))
-
-
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    average: Tensor | None,
-    copy: Tensor | None,
-    scalars: Scalars,
-    numbers: Numbers,
-) -> None:
-    """One launch over flat tensors [N]."""
-    block = min(_block(param, grad, exp_avg, exp_avg_sq, average, copy), _least(param.numel()))
-    key = ("adamw", *plans.kinds(param, grad, exp_avg, exp_avg_sq, average, copy, *scalars))
-    one: Any = plans.find(key) or plans.keep(key, _prepare(_adamw_kernel, param, block))
-    launch.start(one, param, grad, exp_avg, exp_avg_sq, average, copy, *scalars, param.numel(), *numbers)
-
-
-def adamw8bit(
-    param: Tensor,
-    grad: Tensor,
-    states: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    average: Tensor | None,
-    copy: Tensor | None,
-    scalars: Scalars,
-    numbers: Numbers,
-) -> None:
-    """One launch; ``states`` are state1, state2, absmax1, absmax2, qmap1 and qmap2."""
-    block = _block(param, grad, *states[:2], average, copy)
-    key = ("adamw8bit", *plans.kinds(param, grad, *states, average, copy, *scalars))
-    one: Any = plans.find(key) or plans.keep(key, _prepare(_adamw8bit_kernel, param, block, SHARE=SHARE))
-    size = param.numel()
-    launch.start(one, param, grad, *states[:2], average, copy, *states[2:], *scalars, size, *numbers)
-
-
-def _prepare(kernel: Any, param: Tensor, block: int, **constants: int) -> launch.Launch:
-    """The launch for tensors of param's size; its numbers change from step to step and are given with the tensors."""
-    size = param.numel()
-    even = size % block == 0
-    return launch.Launch(kernel, -(-size // block), _warps(block), (), **constants, BLOCK=block, EVEN=even)

@@ -73,18 +73,20 @@ def _sums_kernel(
     common = tl.minimum(scale, target_scale)
     b_velocity *= scale
     b_target *= target_scale
-    vv = tl.sum(b_target * b_target)
-    pv = tl.sum(b_velocity * b_target)
-    b_residual = b_velocity - slope(pv, vv, ACC) * b_target
-    b_difference = b_velocity * (common / scale) - b_target * (common / target_scale)
-    b_total = b_velocity * (common / scale) + b_target * (common / target_scale)
+    # Each value is summed where it is built: kept for later, they would not fit the registers.
     column = tl.cast(PROGRAMS, tl.int64)
     tl.store(sums + program, tl.sum(b_velocity * b_velocity))
+    vv = tl.sum(b_target * b_target)
     tl.store(sums + column + program, vv)
+    pv = tl.sum(b_velocity * b_target)
     tl.store(sums + 2 * column + program, pv)
+    b_residual = b_velocity - slope(pv, vv, ACC) * b_target
     tl.store(sums + 3 * column + program, tl.sum(b_residual * b_residual))
+    b_velocity *= common / scale
+    b_target *= common / target_scale
+    b_difference = b_velocity - b_target
     tl.store(sums + 4 * column + program, tl.sum(b_difference * b_difference))
-    tl.store(sums + 5 * column + program, tl.sum(b_difference * b_total))
+    tl.store(sums + 5 * column + program, tl.sum(b_difference * (b_velocity + b_target)))
     tl.store(sums + 6 * column + program, peak)
     tl.store(sums + 7 * column + program, target_peak)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,19 +143,11 @@ def _rooms(
     return layout.Room(state.shape[:1], state, order), layout.Room((rows,), state, order, input_dtype)
 
 
-class _Checked:
-    """Calls of one signature through the dispatcher, or ``direct`` around it; ``results`` where buffers are given."""
+class _Call:
+    """Calls of one signature: coefficients as tensors, and buffers from ``results``, where those are known."""
 
-    def __init__(
-        self,
-        direct: bool,
-        results: tuple[layout.Room, layout.Room] | None,
-        input_dtype: torch.dtype,
-        options: tuple[str, bool],
-    ):
-        self.results, self.input_dtype, self.options = results, input_dtype, options
-        self.run = _STEP.run if direct else _STEP
-        self.run_into = _written if direct else _STEP_INTO
+    def __init__(self, results: tuple[layout.Room, layout.Room] | None):
+        self.results = results
 
     def __call__(
         self,
@@ -170,44 +162,56 @@ class _Checked:
     ) -> tuple[Tensor, Tensor]:
         coefs = plans.fill((state_coef, output_coef, guidance_scale, input_scale), state, state.shape[0], state.dtype)
         if self.results is None:
-            given = (state, model_output, *coefs, self.input_dtype, *self.options)
-            made: tuple[Tensor, Tensor] = self.run(Operands._make(given))
-            return made
-        out, input_out = (
-            room.empty() if given is None else given for given, room in zip((out, input_out), self.results, strict=True)
-        )
-        if type(out) is Tensor and type(input_out) is Tensor and not torch.compiler.is_compiling():
-            _check_memory(out, input_out, state, model_output, *coefs)
-        self.run_into(OperandsInto._make((state, model_output, *coefs, out, input_out, *self.options)))
+            return self.made(state, model_output, *coefs)
+        out = self.results[0].empty() if out is None else out
+        input_out = self.results[1].empty() if input_out is None else input_out
+        self.write(out, input_out, state, model_output, *coefs)
         return out, input_out
 
+    def made(self, *operands: Any) -> tuple[Tensor, Tensor]:
+        """Both results, in the sample order of model_output."""
+        raise NotImplementedError
 
-class _Direct:
-    """Calls of one signature straight to the kernel, whose launch is prepared once."""
+    def write(self, out: Tensor, input_out: Tensor, *operands: Any) -> None:
+        """Both results, into their buffers."""
+        raise NotImplementedError
+
+
+class _Checked(_Call):
+    """Through the dispatcher, or ``direct`` around it; ``results`` where buffers are given."""
+
+    def __init__(
+        self,
+        direct: bool,
+        results: tuple[layout.Room, layout.Room] | None,
+        input_dtype: torch.dtype,
+        options: tuple[str, bool],
+    ):
+        super().__init__(results)
+        self.input_dtype, self.options = input_dtype, options
+        self.run = _STEP.run if direct else _STEP
+        self.run_into = _written if direct else _STEP_INTO
+
+    def made(self, *operands: Any) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor] = self.run(Operands._make((*operands, self.input_dtype, *self.options)))
+        return results
+
+    def write(self, out: Tensor, input_out: Tensor, *operands: Any) -> None:
+        if type(out) is Tensor and type(input_out) is Tensor and not torch.compiler.is_compiling():
+            _check_memory(out, input_out, *operands)
+        self.run_into(OperandsInto._make((*operands, out, input_out, *self.options)))
+
+
+class _Direct(_Call):
+    """Straight to the kernel, whose launch is prepared once; ``into`` where buffers are given."""
 
     def __init__(self, into: bool, results: tuple[layout.Room, layout.Room]):
-        self.into, (self.out, self.input_out) = into, results
+        super().__init__(results)
+        self.into = into
         self.launch: launch.Launch | None = None
         self.apart: set[tuple[int, ...]] = set()  # addresses whose memory was found apart
 
-    def __call__(
-        self,
-        state: Tensor,
-        model_output: Tensor,
-        state_coef: PerSample,
-        output_coef: PerSample,
-        guidance_scale: PerSample | None,
-        input_scale: PerSample | None,
-        out: Tensor | None,
-        input_out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        operands = [
-            state,
-            model_output,
-            *plans.fill((state_coef, output_coef, guidance_scale, input_scale), state, state.shape[0], state.dtype),
-        ]
-        out = self.out.empty() if out is None else out
-        input_out = self.input_out.empty() if input_out is None else input_out
+    def write(self, out: Tensor, input_out: Tensor, *operands: Any) -> None:
         if self.into:
             self._check(out, input_out, operands)
         if self.launch is None:
@@ -216,9 +220,8 @@ class _Direct:
         launch.start(self.launch, *operands, out, input_out)
         if self.into:
             torch.autograd.graph.increment_version((out, input_out))
-        return out, input_out
 
-    def _check(self, out: Tensor, input_out: Tensor, operands: list[Tensor | None]) -> None:
+    def _check(self, out: Tensor, input_out: Tensor, operands: tuple[Tensor | None, ...]) -> None:
         addresses = tuple(0 if value is None else value.data_ptr() for value in (*operands, out, input_out))
         if addresses not in self.apart:
             _check_memory(out, input_out, *operands)

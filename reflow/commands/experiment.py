@@ -19,6 +19,8 @@ from reflow.errors import UserError
 from reflow.outputs import check_output
 from reflow.recipes.reading import nearest
 
+SAID = {"device": "cpu or cuda"}  # of options whose default says too little
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -102,5 +104,6 @@ def parser_of(experiment: Experiment) -> argparse.ArgumentParser:
         elif isinstance(default, tuple):
             parser.add_argument(option, dest=name, default=list(default), action="append", help="may be repeated")
         else:
-            parser.add_argument(option, dest=name, default=default, type=type(default), help=f"default: {default}")
+            said = f"{SAID[name]} (default: {default})" if name in SAID else f"default: {default}"
+            parser.add_argument(option, dest=name, default=default, type=type(default), help=said)
     return parser

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from reflow.errors import UserError
+
 PACKAGES = ("reflow", "torch", "diffusers", "transformers", "deepspeed", "triton", "numpy", "scikit-learn")
 
 
@@ -30,6 +32,25 @@ def describe() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {"machine": machine, "versions": versions}
+
+
+def usable(device: str) -> str:
+    """The device as `--device` names it. Raises UserError for one that PyTorch cannot use here."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is neither cpu nor cuda; write one of them or leave it out.")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device} needs a GPU that PyTorch can use, and there is none; write cpu or leave it out."
+        )
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device} is not there: PyTorch can use {torch.cuda.device_count()} GPUs, counted from 0; write cuda."
+        )
+    return device
 
 
 def cores() -> int:

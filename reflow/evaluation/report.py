@@ -46,11 +46,7 @@ def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device} needs a GPU that PyTorch can use, and there is none; write cpu or leave it out."
-        )
-    base = registry.family("digits").load(run.recipe.model.base, device=device)
+    base = registry.family("digits").load(run.recipe.model.base, device=machine.usable(device))
     learnt, asked = learnt_guidance(run), settings.guidance
     if asked is None or asked == learnt:
         return Suite(base, settings, guidance_scale=learnt)

@@ -31,10 +31,10 @@ ON_DIGITS = 200
 ERROR: Callable[[dict[str, Any]], float] = lambda result: result["at"]["4"]["paired"]  # noqa: E731
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 5, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
-    at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
+    device: where the bed computes. data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("ablation", out, bed=bed, data=data, quick=quick, report=report, device=device, beds=BEDS)
     budgets, middle, weights = ((12,), 12, (0.1,)) if quick else (BUDGETS, MIDDLE, WEIGHTS)
     if at.digits:  # minutes a student: one budget and weight
         budgets, middle, weights = (middle if quick else ON_DIGITS,), middle if quick else ON_DIGITS, ()

@@ -16,6 +16,7 @@ from typing import Any
 from reflow.errors import UserError
 from reflow.evaluation import machine
 from reflow.evaluation.intervals import Interval, t_interval
+from reflow.experiments.store import elsewhere
 from reflow.lines import read_lines
 from reflow.outputs import write_text
 
@@ -114,14 +115,16 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def finish(path: Path, name: str, bed: str, rows: Sequence[Row], text: str, found: dict[str, Any]) -> None:
-    """Writes `path` (.json: what was found, command, seeds, revision, machine, versions, processor time) and .md beside it, and prints that."""
+def finish(path: Path, name: str, bed: str, rows: Sequence[Row], text: str, found: dict[str, Any], *, device: str = "") -> None:
+    """Writes `path` (.json: what was found, command, seeds, revision, machine, versions, processor time) and .md beside it, and prints that.
+    device: where it was computed, if that was asked."""
     seeds = sorted({row["cell"]["seed"] for row in rows if "seed" in row["cell"]})
     summary = {
         "experiment": name,
-        "command": f"reflow experiment {name} --bed {bed} --seeds {len(seeds)}",
+        "command": f"reflow experiment {name} --bed {bed} --seeds {len(seeds)}" + (f" --device {device}" if elsewhere(device) else ""),
         "seeds": seeds,
         "revision": revision(),
+        **({"device": device} if device else {}),
         "version": rows[0]["version"] if rows else None,
         "cpu_seconds": round(sum(row.get("cpu_seconds", 0.0) for row in rows), 1),
         "found": found,

@@ -28,6 +28,7 @@ from reflow.experiments.beds.measure import Reference
 from reflow.experiments.beds.methods import METHODS, SCALE, Method
 from reflow.experiments.beds.students import Student
 from reflow.experiments.opened import Opened, opened
+from reflow.experiments.store import elsewhere
 from reflow.flow import Windows
 
 STEPS = (1, 2, 4, 8)
@@ -76,10 +77,10 @@ TO_END = {"DPM-Solver, to the end": "dpmsolver", "DPM-Solver++, to the end": "dp
 SOURCES = (*methods.SOURCES, "experiments/beds/stock.py")
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("comparison", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("comparison", out, bed=bed, data=data, quick=quick, report=report, device=device)
     names, budget, budgets, timed = (QUICK, 18_000, (6_000, 12_000), list(TIMED)[:1]) if quick else (METHODS, BUDGET, BUDGETS, TIMED)
     references = {"unguided": at.reference(), "guided": at.reference(guidance=SCALE, steps=160)}
     samplers, most = (("DDIM", *OWN), 8) if quick else ((*stock.KINDS, *OWN, *TO_END), TEACHER_STEPS[-1])
@@ -157,16 +158,16 @@ def optimizer_steps(spec: Student | Consistency) -> int:
 
 
 def timed(at: Opened, sample: Callable[..., Any], model: Callable[..., Any], ref: Reference) -> float:
-    """Processor time of a sample over that of one answer of the network, the least of a few of each."""
+    """Time of a sample over that of one answer of the network, the least of a few of each: the processor's, or what passes until a GPU is done."""
     noise, labels = ref.noise[:200], ref.labels[:200]
-    when = noise.new_full((len(noise),), 500.0)
+    when, clock = noise.new_full((len(noise),), 500.0), time.perf_counter if elsewhere(at.bed.device) else time.process_time
 
     def least(call: Callable[[], Any]) -> float:
         taken = []
         for _ in range(1 if at.quick else 5):
-            began = time.process_time()
-            call()
-            taken.append(time.process_time() - began)
+            began = clock()
+            float(call()[0, 0])  # a GPU is waited for
+            taken.append(clock() - began)
         return min(taken)
 
     return least(lambda: sample(noise, labels)) / max(least(lambda: model(noise, when, labels)), 1e-9)

@@ -62,7 +62,7 @@ def note(found: dict[str, Any]) -> str:
     return (
         f"Each student's training costs at most {found['budget']:,} network evaluations (solves of pairs, three for each sample of a step, targets "
         "of its own). ± is half a 95 % interval over training seeds. An image costs as many network evaluations as it has steps, twice that when "
-        f"guided at inference; measured processor time over that of one evaluation at the fewest steps: {sampled}. Consistency students at more "
+        f"guided at inference; measured time over that of one evaluation at the fewest steps: {sampled}. Consistency students at more "
         "steps than phases are noised anew, so that their paired error there is not that of a flow. -log p is best near that of the fine solve, not "
         "lowest: samples too near the means of their class are likelier than data.\n"
     )
@@ -79,7 +79,7 @@ def samplers(found: dict[str, Any]) -> str:
             for line in (x for x in found["teacher"] if (x["teacher"], x["guided"]) == (kind, guided)):
                 values = [f"{line[key]:.{digits}f}" for key, (_, digits) in MEASURES.items()]
                 lines.append([kind, "3" if guided else "none", line["steps"], line["evaluations"], f"{line['time']:.1f}", *values])
-    heads = ["sampler", "guidance", "steps", "evaluations an image", "processor time, in evaluations", *(said for said, _ in MEASURES.values())]
+    heads = ["sampler", "guidance", "steps", "evaluations an image", "time, in evaluations", *(said for said, _ in MEASURES.values())]
     return cells.table(heads, lines)
 
 

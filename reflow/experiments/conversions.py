@@ -45,10 +45,10 @@ DIFFERENCES = {"euler": "Euler of the flow", "product": "the product's solver", 
 BENT = {"deviation": "deviation of v over v", "bow": "1 less chord over arc", "rfpp": "mean of (v - chord)²"}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("conversions", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("conversions", out, bed=bed, data=data, quick=quick, report=report, device=device)
     count, steps = (20, 6) if quick else (500, 600)
     asked: list[cells.Cell] = [{"part": "readings", "family": name, "count": count} for name in families(at.bed)]
     asked.append({"part": "trained", "steps": steps, "count": count})
@@ -65,7 +65,8 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
 def drawn(bed: ExactBed, cell: cells.Cell, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(51_511 + cell["seed"])
     shape = (cell["count"], bed.mixture.means.shape[1])
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), torch.arange(cell["count"]) % CLASSES
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return noise.to(bed.device, dtype), torch.arange(cell["count"], device=bed.device) % CLASSES
 
 
 def of_readings(at: Opened, cell: cells.Cell, seeds: range) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def of_readings(at: Opened, cell: cells.Cell, seeds: range) -> dict[str, Any]:
         should = readings.ddim(own, mine, x, steps)
         product = through_product(own, mine, x, steps)
         others = [readings.euler(f, nets[name], x, times) for name, f in known.items() if name not in (cell["family"], "VP, table")]
-        single = network(at.bed.mixture.to(torch.float32).of(labels), own.schedule, own.kind)
+        single = network(at.bed.mixture.to(torch.float32, at.bed.device).of(labels), own.schedule, own.kind)
         found[str(steps)] = {
             "euler": largest(readings.euler(own, mine, x, times), should),
             "product": largest(product, should),
@@ -99,14 +100,15 @@ def largest(one: Tensor, other: Tensor) -> float:
 
 def through_product(family: readings.Family, net: readings.Network, x: Tensor, steps: int) -> Tensor:
     """x at the clean end by `WindowSolver` on the family's schedule."""
-    solver = WindowSolver(family.schedule, family.windows, steps, prediction_type=family.kind, dtype=torch.float64)
-    (first, last), window = (sum(family.schedule.alpha_sigma(t)) for t in family.grid(1)), torch.zeros(len(x), dtype=torch.long)
+    solver = WindowSolver(family.schedule, family.windows, steps, prediction_type=family.kind, device=x.device, dtype=torch.float64)
+    first, last = (sum(family.schedule.alpha_sigma(t)) for t in family.grid(1))
+    window = torch.zeros(len(x), dtype=torch.long, device=x.device)
     return solver.solve(lambda z, timestep: net(z, exact_time(family, timestep, steps)), x * first, window) / last
 
 
 def exact_time(family: readings.Family, timestep: Tensor, steps: int) -> Tensor:
     """The timestep in fp64: solvers tell networks fp32, whose rounding is no matter of the reading."""
-    known = family.schedule.timestep(family.grid(steps))
+    known = family.schedule.timestep(family.grid(steps)).to(timestep.device)
     return known[(known - timestep[0].double()).abs().argmin()].expand(len(timestep))
 
 
@@ -124,7 +126,7 @@ def of_trained(at: Opened, cell: cells.Cell, seeds: range) -> dict[str, Any]:
 
     should, times = readings.ddim(family, net, x, PATH), readings.flow_times(family, PATH)
     alpha, sigma = family.schedule.alpha_sigma(family.grid(PATH))
-    timestep, z = family.schedule.timestep(family.grid(PATH)), x / (1.0 - times[0])
+    timestep, z = family.schedule.timestep(family.grid(PATH)).to(x), x / (1.0 - times[0])
     for i in range(PATH):  # EDM's own Euler: dz / dsigma = (z - D) / sigma at levels sigma / alpha
         a, level, after = alpha[i], sigma[i] / alpha[i], sigma[i + 1] / alpha[i + 1]
         denoised = ddim_step("epsilon", net(a * z, timestep[i].expand(len(z))), a * z, a, sigma[i], 1.0, 0.0)

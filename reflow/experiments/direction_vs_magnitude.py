@@ -34,10 +34,10 @@ STEPS = (32, 4)
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Disturb, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("direction-vs-magnitude", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("direction-vs-magnitude", out, bed=bed, data=data, quick=quick, report=report, device=device)
     angles, counts = ((0.2, 0.8), (4,)) if quick else (ANGLES, STEPS)
     place = at.bed
     ref = at.reference()
@@ -68,7 +68,7 @@ def disturbed(bed: ExactBed, ref: measure.Reference, arm: str, angle: float, ste
     generator = torch.Generator().manual_seed(31_337 + seed)
     solver, z, drawn = bed.solver(Windows.uniform(steps), 1), ref.noise, None
     for k in range(steps):
-        window = torch.full((len(z),), k)
+        window = torch.full((len(z),), k, device=bed.device)
         move = solver.solve(lambda x, t: bed.teacher(x, t, ref.labels), z, window) - z
         if drawn is None or not kept:
             drawn = draws(bed, ref, arm, generator)
@@ -83,7 +83,7 @@ def draws(bed: ExactBed, ref: measure.Reference, arm: str, generator: torch.Gene
     if arm == "magnitude":
         return torch.randint(0, 2, (len(ref.noise), 1), generator=generator).to(ref.noise) * 2 - 1
     if arm == "random direction":
-        return torch.randn(ref.noise.shape, generator=generator)
+        return torch.randn(ref.noise.shape, generator=generator).to(ref.noise)
     return bed.mixture.sample(ref.labels, generator) - bed.mixture.sample(ref.labels, generator)
 
 

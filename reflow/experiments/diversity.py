@@ -33,10 +33,10 @@ MEASURES = {"trace": 3, "logdet": 2, "vendi": 1, "components": 3, "rarest": 2, "
 FINE = "the fine solve"
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("diversity", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("diversity", out, bed=bed, data=data, quick=quick, report=report, device=device)
     scales, budget, sync, fixed = ((1, 3), 18_000, ("PeRFlow", "PCM, 4 phases"), ("PeRFlow",)) if quick else (SCALES, BUDGET, SYNC, FIXED)
     references = {w: at.reference(samples=4000, guidance=guided(w), steps=100) for w in scales}
     asked: list[cells.Cell] = [{"teacher": "DDIM", "steps": n, "scale": w} for w in scales for n in (1, 2, 4, 32)]

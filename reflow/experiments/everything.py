@@ -22,14 +22,15 @@ ORDER = (
 ON_DIGITS = ("parameterisations", "ablation", "progressive-paths")
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", quick: bool = False, report: bool = False) -> None:
-    """Run them. quick: the seconds-long forms. report: make nothing, tell what is there of each. data: of --bed mnist."""
-    opened("all", out, bed=bed, data=data, beds=BEDS)
+def run(out: Path, *, bed: str = "exact", data: str = "", quick: bool = False, report: bool = False, device: str = "cpu") -> None:
+    """Run them. quick: the seconds-long forms. report: make nothing, tell what is there of each. data: of --bed mnist.
+    device: where each computes."""
+    opened("all", out, bed=bed, data=data, device=device, beds=BEDS)
     for name in ON_DIGITS if bed == "digits" else ORDER:
         print(f"\n== {name}", flush=True)
         module = importlib.import_module(f"reflow.experiments.{name.replace('-', '_')}")
         try:
-            module.run(out / name, bed=bed, data=data, quick=quick, report=report)
+            module.run(out / name, bed=bed, data=data, quick=quick, report=report, device=device)
         except UserError as error:
             if not report:
                 raise

@@ -28,10 +28,10 @@ MODELS = {"I": (8, 4), "II": (8, 4, 2)}
 MEASURES = {"paired": "paired error", "frechet": "Fréchet distance", "nll": "-log p a pixel (nats)", "agreement": "class agreement"}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("guidance", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("guidance", out, bed=bed, data=data, quick=quick, report=report, device=device)
     scales, fixed, steps = ((1, 3), (3,), 12) if quick else (SCALES, FIXED, 400)
     place = at.bed
     references = {w: at.reference(guidance=guided(w), steps=160) for w in scales}

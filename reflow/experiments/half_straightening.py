@@ -47,10 +47,10 @@ MEASURES = ("paired", "frechet")
 Piece = tuple[Model, WindowSolver]
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("half-straightening", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("half-straightening", out, bed=bed, data=data, quick=quick, report=report, device=device)
     place, steps = at.bed, 12 if quick else 600
     ref = at.reference()
     splits = {"alpha = sigma": middle(place), "t = .5": 0.5}

@@ -52,10 +52,10 @@ FIRST = {1: "uniform times", 4: "4 windows, squared error"}
 STEPS = 600
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist, where no features are to be had."""
-    at = opened("losses", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist, where no features are to be had."""
+    at = opened("losses", out, bed=bed, data=data, quick=quick, report=report, device=device)
     names = ("uniform times", "+ features", FIRST[4], "4 windows, each sample by its own loss") if quick else tuple(ARMS)
     names = names if at.kind == "exact" else tuple(name for name in names if not ARMS[name][2])
     steps, ref = 12 if quick else STEPS, at.reference()
@@ -77,7 +77,7 @@ def measured(at: Opened, cell: cells.Cell, ref: measure.Reference, seeds: range)
     if ARMS[cell["arm"]][2]:
         correction = Correction(at.bed.mixture.means.shape[1], spec.width, spec.sees_output)
         correction.load_state_dict(features.weights(spec, at.store))
-        model, table = student(at.bed, correction.requires_grad_(False)), spec.table()
+        model, table = student(at.bed, correction.to(at.bed.device, at.bed.dtype).requires_grad_(False)), spec.table()
     else:
         model, table = at.trained(spec, seeds)
     return measure.of_student(at.bed, model, table, ref, (1, 2))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from reflow.errors import UserError
+from reflow.evaluation import machine
 from reflow.experiments import cells
 from reflow.experiments.beds import SHORT, digits, measure, scans, students
 from reflow.experiments.beds.digits import DigitsBed
 from reflow.experiments.beds.exact import Correction, ExactBed, Model
 from reflow.experiments.beds.students import Student
-from reflow.experiments.store import Store
+from reflow.experiments.store import Store, elsewhere
 from reflow.flow import ChordTable
 
 BEDS = ("exact", "mnist", "digits")
@@ -51,6 +52,8 @@ class Opened:
         version = students.version("experiments/beds/measure.py", *sources, *(digits.SOURCES if self.digits else ()))
         if self.bed.scans:
             version += f"-{scans.digest(self.bed.scans)}"
+        if elsewhere(self.bed.device):
+            version += f"-{elsewhere(self.bed.device)}"
         return cells.make(self.path("jsonl"), asked, work, version, report=self.report)
 
     def trained(self, spec: Student, seeds: Sequence[int] = ()) -> tuple[Model, ChordTable]:
@@ -73,18 +76,23 @@ class Opened:
         return students.correction_of(students.on(self.bed, spec), self.store)
 
     def finish(self, rows: Sequence[cells.Row], text: str, found: dict[str, Any]) -> None:
-        cells.finish(self.path("json"), self.name, self.kind, rows, text, found)
+        cells.finish(self.path("json"), self.name, self.kind, rows, text, found, device="" if self.digits else self.bed.device)
 
 
 def opened(
-    name: str, out: Path, *, bed: str = "exact", data: str = "", quick: bool = False, report: bool = False, beds: Sequence[str] = BEDS[:2]
-) -> Opened:
-    """beds: that the experiment is there for. Raises UserError for another bed, and for scans that cannot be read."""
+    name: str, out: Path, *, bed: str = "exact", data: str = "", quick: bool = False, report: bool = False, device: str = "cpu",
+    beds: Sequence[str] = BEDS[:2],
+) -> Opened:  # fmt: skip
+    """beds: that the experiment is there for. device: where beds of a closed form compute. Raises UserError for another bed, for a device that
+    is not there, and for scans that cannot be read."""
     if bed not in beds:
         raise UserError(f"{name} is there for --bed {' or '.join(beds)}, not {bed!r}.")
     if bed == "mnist" and not data:
         raise UserError(f"--bed mnist needs the scans: {scans.HELP}.")
     if bed != "mnist" and data:
         raise UserError(f"--data goes with --bed mnist; --bed {bed} has its scans with it.")
+    if bed == "digits" and device != "cpu":
+        raise UserError(f"--device goes with --bed {' or '.join(BEDS[:2])}; the trainer of --bed digits takes the GPU where there is one.")
+    machine.usable(device)
     scans.mixture(data)  # what cannot be read is told before anything is made
-    return Opened(name, out, bed, ExactBed(scans=data), quick, report, digits.DigitsBed(quick) if bed == "digits" else None)
+    return Opened(name, out, bed, ExactBed(scans=data, device=device), quick, report, digits.DigitsBed(quick) if bed == "digits" else None)

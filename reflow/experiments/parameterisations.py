@@ -21,10 +21,10 @@ KINDS = ("ddim_eps", "diff_eps", "velocity")
 BUDGETS, ON_DIGITS = (0, 100, 300, 1000), (0, 50, 200)
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
-    at = opened("parameterisations", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
+    device: where the bed computes. data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("parameterisations", out, bed=bed, data=data, quick=quick, report=report, device=device, beds=BEDS)
     budgets = (0, 30) if quick else ON_DIGITS if at.digits else BUDGETS
     asked = cells.seeded([{"kind": kind, "steps": steps} for steps in budgets for kind in KINDS], seeds)
 

@@ -53,10 +53,10 @@ WAYS = {
 }
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("plug-and-play", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("plug-and-play", out, bed=bed, data=data, quick=quick, report=report, device=device)
     ref = at.reference(samples=1000)
     asked = [{**setting, "budget": 18_000 if quick else BUDGET} for setting in (SETTINGS[:1] + SETTINGS[-1:] if quick else SETTINGS)]
     rows = at.make(cells.seeded(asked, seeds), lambda cell: of_cell(at, cell, ref, seeds), *methods.SOURCES, *customs.SOURCES)
@@ -75,10 +75,10 @@ def student_of(cell: cells.Cell) -> Student:
 def custom_of(at: Opened, cell: cells.Cell) -> Custom:
     """The custom model of a cell, with its base; tuned for a few steps in the quick form."""
     usual, gentle = ({**kind, "steps": kind["steps"] // (50 if at.quick else 1)} for kind in (TUNING, GENTLE))
-    seed, scans = cell["seed"], at.bed.scans
+    own = {"seed": cell["seed"], "scans": at.bed.scans, "device": at.bed.device}
     if cell["base"] == "first":
-        return Custom(cell["shift"], seed=seed, scans=scans, **usual)
-    return Custom(cell["shift"], seed=seed, scans=scans, base=Custom("faded", seed=seed, scans=scans, **usual), **gentle)
+        return Custom(cell["shift"], **own, **usual)
+    return Custom(cell["shift"], base=Custom("faded", **own, **usual), **own, **gentle)
 
 
 def of_cell(at: Opened, cell: cells.Cell, ref: Reference, seeds: int) -> dict[str, Any]:

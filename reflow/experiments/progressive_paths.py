@@ -24,10 +24,10 @@ PATHS = ((4,), (8, 4), (2,), (4, 2), (8, 4, 2), (1,), (2, 1), (4, 2, 1), (8, 4, 
 BUDGETS, ON_DIGITS = (200, 600), (200,)
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist. On --bed digits a student is a run of the trainer."""
-    at = opened("progressive-paths", out, bed=bed, data=data, quick=quick, report=report, beds=BEDS)
+    device: where the bed computes. data: of --bed mnist. On --bed digits a student is a run of the trainer."""
+    at = opened("progressive-paths", out, bed=bed, data=data, quick=quick, report=report, device=device, beds=BEDS)
     paths, budgets = (((2,), (4, 2)), (40,)) if quick else (PATHS, ON_DIGITS if at.digits else BUDGETS)
     asked = []
     for steps in budgets:

@@ -37,10 +37,10 @@ KEYS = ("paired", "frechet", "frechet_teacher")
 SAID = {"paired": "paired error", "frechet": "Fréchet distance to the data", "frechet_teacher": "Fréchet distance to the teacher's 32 steps"}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("steps", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("steps", out, bed=bed, data=data, quick=quick, report=report, device=device)
     counts, place, ref = (4, 5, 8) if quick else COUNTS, at.bed, at.reference()
     noise = torch.randn(ref.noise.shape, generator=torch.Generator().manual_seed(8)).to(ref.noise)
     drawn = moments(place.sample(place.teacher, place.solver(Windows.uniform(1), 32), noise, ref.labels).double())

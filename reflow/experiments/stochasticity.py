@@ -70,10 +70,10 @@ class CleanHalf(Field):
 HALVES = {"all": Field, "noisy": NoisyHalf, "clean": CleanHalf}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Sample, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("stochasticity", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("stochasticity", out, bed=bed, data=data, quick=quick, report=report, device=device)
     place, counts, samples = at.bed, (5, 20) if quick else EVALUATIONS, 100 if quick else SAMPLES
     scores = ("exact", "15 % wrong") if quick else tuple(SCORES)
     asked = [{"sampler": "data", "score": "", "evaluations": 0, "samples": samples, "seed": seed} for seed in range(seeds)]
@@ -81,7 +81,7 @@ def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick:
                            for score in scores for name in (*DETERMINISTIC, *STOCHASTIC) for n in counts], seeds)  # fmt: skip
 
     def work(cell: cells.Cell) -> dict[str, Any]:
-        labels = torch.arange(cell["samples"]) % CLASSES
+        labels = torch.arange(cell["samples"], device=place.device) % CLASSES
         return of_law(place, sampled(place, cell, labels), labels)
 
     rows = at.make(asked, work, "experiments/beds/samplers.py", "experiments/beds/restart.py")
@@ -114,7 +114,7 @@ def sampled(bed: ExactBed, cell: cells.Cell, labels: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def field_of(bed: ExactBed, length: float, where: str, seed: int) -> Field:
     """As large as eps over the whole table, then cut: the halves add up to the whole."""
-    whole = samplers.like_eps(bed, Field.drawn(bed.mixture.means.shape[1], length, seed, dtype=bed.dtype))
+    whole = samplers.like_eps(bed, Field.drawn(bed.mixture.means.shape[1], length, seed, dtype=bed.dtype, device=bed.device))
     return HALVES[where](whole.frequencies, whole.phases, whole.values, whole.even, whole.scale)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file
@@ -12,6 +14,23 @@ from torch import Tensor
 from reflow.errors import UserError
 from reflow.outputs import written
 from reflow.weights.files import make_folder, save_tensors
+
+
+def elsewhere(device: str) -> str:
+    """The type of a device as keys name it: "" for the CPU, which they do not name."""
+    kind = device.partition(":")[0]
+    return "" if kind == "cpu" else kind
+
+
+def described(made: Any) -> dict[str, Any]:
+    """The fields of what is kept, ready for JSON and for the hash that names it; the device by its type, where it is not the CPU."""
+
+    def bare(fields: dict[str, Any]) -> dict[str, Any]:
+        named = {key: bare(value) if isinstance(value, dict) else value for key, value in fields.items() if key != "device"}
+        kind = elsewhere(fields.get("device", "cpu"))
+        return {**named, "device": kind} if kind else named
+
+    return bare(asdict(made))
 
 
 class Store:

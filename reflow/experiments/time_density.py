@@ -46,10 +46,10 @@ PLACES = tuple(i / 10 for i in range(11))
 MIDDLE = 600  # optimizer steps: every number of windows, and what is measured inside of windows
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("time-density", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("time-density", out, bed=bed, data=data, quick=quick, report=report, device=device)
     counts, budgets, densities = (
         ((1, 2, 4, 8), (200, MIDDLE, 2000), DENSITIES) if not quick else ((4,), (20, 60), {k: DENSITIES[k] for k in ("start", "uniform")})
     )

@@ -31,10 +31,10 @@ STAGES = (8, 4, 2)
 DENSITIES: dict[str, dict[str, Any]] = {"near start": {}, "uniform": {"time_density": "uniform"}}
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("velocity-discrepancy", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("velocity-discrepancy", out, bed=bed, data=data, quick=quick, report=report, device=device)
     steps, place = 12 if quick else 600, at.bed
     ref = at.reference()
     asked = cells.seeded([{"density": density, "steps": steps} for density in DENSITIES], seeds)
@@ -91,7 +91,7 @@ def own_scale(bed: ExactBed, ref: measure.Reference) -> list[Tensor]:
 def of_velocities(v: Tensor, kept: bool = True) -> dict[str, Any]:
     """distance, cosine [S][S] (where kept); by_lag [S]: mean distance of times so many steps apart; within: {windows: mean distance of times
     in one window}; all over the RMS velocity."""
-    flat = v.double().transpose(0, 1)  # [B, S, D]
+    flat = v.cpu().double().transpose(0, 1)  # [B, S, D]
     inner = torch.einsum("bid,bjd->bij", flat, flat)
     square = inner.diagonal(dim1=1, dim2=2)
     distance = ((square[:, :, None] + square[:, None, :] - 2.0 * inner).clamp(min=0).mean(0) / flat.shape[2]).sqrt()

@@ -31,10 +31,10 @@ GRID = 200  # intervals of time that a cut is found on
 STEPS = 600
 
 
-def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False) -> None:
+def run(out: Path, *, bed: str = "exact", data: str = "", seeds: int = 3, quick: bool = False, report: bool = False, device: str = "cpu") -> None:
     """Train, measure, tabulate and draw. quick: the seconds-long form of the tests. report: make nothing, tell what is there.
-    data: of --bed mnist."""
-    at = opened("windows", out, bed=bed, data=data, quick=quick, report=report)
+    device: where the bed computes. data: of --bed mnist."""
+    at = opened("windows", out, bed=bed, data=data, quick=quick, report=report, device=device)
     counts, steps, place, ref = (2,) if quick else COUNTS, 12 if quick else STEPS, at.bed, at.reference()
     densities = {cut: density(place, cut, ref) for cut in CUTS}
     edges = {(cut, k): edges_of(densities[cut], k) for cut in CUTS for k in counts}
@@ -61,7 +61,7 @@ def density(bed: ExactBed, cut: str, ref: measure.Reference) -> Tensor:
     alpha, sigma = (x.to(torch.float64) for x in bed.schedule.alpha_sigma(t))
     if cut == "equal log-SNR":
         return shares((sigma / alpha).log().diff().abs())
-    states = torch.stack(bed.path(bed.teacher, bed.solver(times, 1), ref.noise[:400], ref.labels[:400])).double()
+    states = torch.stack(bed.path(bed.teacher, bed.solver(times, 1), ref.noise[:400], ref.labels[:400])).cpu().double()
     place = t
     if cut != "equal discrepancy":
         states, place = states / (alpha + sigma)[:, None, None], sigma / (alpha + sigma)

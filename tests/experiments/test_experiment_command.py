@@ -205,7 +205,7 @@ def test_all_is_every_experiment_that_has_a_bed(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "run", lambda out, name=name, **options: asked.append((name, out, options)))
     everything.run(tmp_path, quick=True)
     assert [name for name, _, _ in asked] == list(everything.ORDER) and all(out == tmp_path / name for name, out, _ in asked)
-    assert asked[0][2] == {"bed": "exact", "data": "", "quick": True, "report": False}
+    assert asked[0][2] == {"bed": "exact", "data": "", "quick": True, "report": False, "device": "cpu"}
     asked.clear()
     everything.run(tmp_path, bed="digits")
     assert tuple(name for name, _, _ in asked) == everything.ON_DIGITS

@@ -156,6 +156,15 @@ def test_a_block_of_zeros_stays_zero_and_the_next_is_its_own(device):
         assert all((held[4 + i][held[i][:256].long()] == 0).all() for i in (0, 1))
 
 
+def test_the_kernels_arguments_stand_as_they_are_given():
+    """They are passed by position; one name out of place would be another number, and no error."""
+    pytest.importorskip("triton")
+    kernels = dispatch.triton_module("adamw")
+    groups = (kernels.Moments._fields, ("average", "copy"), kernels.Scalars._fields, ("N",), kernels.Numbers._fields)
+    expected = ("param", "grad", *(name for group in groups for name in group))
+    assert tuple(kernels._adamw_kernel.arg_names[: len(expected)]) == expected
+
+
 def plain_call(device, size=300):
     tensors, rest = Case(size, torch.float32, torch.bfloat16, True, True, False, 0, 2, 0.9, 1.0, 1).tensors(device)
     return dict(zip(("param", "grad", "exp_avg", "exp_avg_sq"), tensors)) | rest

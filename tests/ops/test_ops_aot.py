@@ -12,7 +12,7 @@ import op_cases as cases
 pytest.importorskip("triton")
 KERNELS = {
     "sums_kernel", "finish_kernel", "sum_kernel", "gradient_kernel", "step_kernel", "chord_kernel",
-    "combine_kernel", "moments_kernel", "rescale_kernel", "adamw_kernel", "adamw8bit_kernel",
+    "combine_kernel", "moments_kernel", "rescale_kernel", "adamw_kernel",
 }  # fmt: skip
 
 

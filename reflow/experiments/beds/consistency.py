@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from reflow.experiments.beds.fitting import Weights, fit
 from reflow.experiments.beds.mixture import CLASSES, NULL
 from reflow.experiments.beds.students import Student
 from reflow.experiments.beds.terms import follower
-from reflow.experiments.store import Store
+from reflow.experiments.store import Store, described
 from reflow.flow import ChordTable, Windows, index
 
 SOURCES = ("experiments/beds/consistency.py",)
@@ -45,13 +45,14 @@ class Consistency:
     huber_c: float = 0.001
     pairs: int = 8192
     scans: str = ""
+    device: str = "cpu"
 
     def name(self) -> str:
-        said = {**asdict(self), "scans": scans.digest(self.scans), "version": students.version(*SOURCES), "kind": "consistency"}
+        said = {**described(self), "scans": scans.digest(self.scans), "version": students.version(*SOURCES), "kind": "consistency"}
         return "pcm-" + hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     def bed(self) -> ExactBed:
-        return Student((), scans=self.scans).bed()
+        return Student((), scans=self.scans, device=self.device).bed()
 
     def table(self) -> ChordTable:
         """One step a phase: the student's DDIM step from the phase's start to its end is that of an eps chord."""
@@ -136,7 +137,7 @@ def trained(spec: Consistency, store: Store, seeds: Sequence[int] = ()) -> Model
     def make(missing: list[int]) -> list[Weights]:
         return train([at(one) for one in missing])
 
-    kept = store.of_seeds(spec.seed, seeds, lambda one: at(one).name(), make, lambda one: json.dumps(asdict(at(one))))
+    kept = store.of_seeds(spec.seed, seeds, lambda one: at(one).name(), make, lambda one: json.dumps(described(at(one))))
     bed = spec.bed()
     correction = Correction(bed.mixture.means.shape[1], spec.width)
     correction.load_state_dict(kept)

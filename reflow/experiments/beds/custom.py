@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from reflow.experiments.beds.exact import Correction, ExactBed, Model, student
 from reflow.experiments.beds.fitting import Weights, fit, side_by_side
 from reflow.experiments.beds.mixture import CLASSES, NULL, LowRankMixture
 from reflow.experiments.beds.students import Student
-from reflow.experiments.store import Store
+from reflow.experiments.store import Store, described
 from reflow.flow import network_time
 from reflow.training import targets
 
@@ -37,7 +37,7 @@ def faded(base: LowRankMixture) -> LowRankMixture:
 def moved(base: LowRankMixture) -> LowRankMixture:
     """All digits one pixel to the right, round the edge."""
     side = round(base.means.shape[1] ** 0.5)
-    order = torch.arange(side * side).view(side, side).roll(1, dims=1).flatten()
+    order = torch.arange(side * side, device=base.means.device).view(side, side).roll(1, dims=1).flatten()
     return replace(base, means=base.means[:, order], axes=base.axes[:, order])
 
 
@@ -65,14 +65,15 @@ class Custom:
     learning_rate: float = 2e-3
     width: int = 128
     scans: str = ""
+    device: str = "cpu"
 
     def name(self, *more: Any) -> str:
         """Of its weights, or of what is made of it and of more."""
-        said = [asdict(self), scans.digest(self.scans), students.version(*SOURCES), *more]
+        said = [described(self), scans.digest(self.scans), students.version(*SOURCES), *more]
         return "custom-" + hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     def bed(self) -> ExactBed:
-        return Student((), scans=self.scans).bed()
+        return Student((), scans=self.scans, device=self.device).bed()
 
     def data(self) -> LowRankMixture:
         return SHIFTS[self.shift](self.base.data() if self.base else self.bed().mixture)
@@ -124,7 +125,7 @@ def tuned(spec: Custom, store: Store, seeds: Sequence[int] = ()) -> Weights:
         cohort = [spec.at(seed) for seed in missing]
         return tune(cohort, [tuned(one.base, store, seeds) if one.base else first(one) for one in cohort])
 
-    return store.of_seeds(spec.seed, seeds, lambda one: spec.at(one).name(), make, lambda one: json.dumps(asdict(spec.at(one))))
+    return store.of_seeds(spec.seed, seeds, lambda one: spec.at(one).name(), make, lambda one: json.dumps(described(spec.at(one))))
 
 
 def pairs(spec: Student, teacher: Model, data: LowRankMixture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -175,4 +176,4 @@ def distilled(custom: Custom, spec: Student, store: Store, seeds: Sequence[int] 
         begin = [tuned(custom.at(seed), store, seeds) for seed in missing]
         return distil([replace(spec, seed=s) for s in missing], begin, [of_weights(custom.bed(), own) for own in begin], custom.data())
 
-    return store.of_seeds(spec.seed, seeds, name, make, lambda _: json.dumps(asdict(custom)))
+    return store.of_seeds(spec.seed, seeds, name, make, lambda _: json.dumps(described(custom)))

@@ -30,16 +30,16 @@ from reflow.training import targets
 SOURCES = ("experiments/beds/features.py",)
 
 
-@lru_cache(maxsize=1)
-def judge() -> nn.Module:
-    return classifier.load_classifier().eval().requires_grad_(False)
+@lru_cache(maxsize=2)
+def judge(device: torch.device) -> nn.Module:
+    return classifier.load_classifier(device).eval().requires_grad_(False)
 
 
 def look(x: Tensor) -> list[Tensor]:
     """Activations of each layer, [B, C, h, w] or [B, C], of unit length over C, of pixels [B, 64] as the classifier sees its scans."""
     h = F.interpolate(x.view(-1, 1, 8, 8), size=(digits.RESOLUTION, digits.RESOLUTION), mode="bicubic", align_corners=False)
     seen = []
-    for layer in judge().body:
+    for layer in judge(x.device).body:
         h = layer(h)
         if isinstance(layer, nn.ReLU):
             seen.append(F.normalize(h, dim=1))
@@ -62,12 +62,13 @@ def weights(spec: Student, store: Store) -> dict[str, Tensor]:
 def _trained(spec: Student, store: Store) -> dict[str, Tensor]:
     bed, stage, settings = spec.bed(), spec.stages[-1], spec.stages[-1].settings()
     network, table = Correction(bed.mixture.means.shape[1], spec.width, spec.sees_output, (spec.seed,)), spec.table()
+    network = network.to(bed.device, bed.dtype)
     model, generator = student(bed, network), torch.Generator().manual_seed(7919 * spec.seed + 1)
     pairs = pool(spec, store)
 
     def loss(*_: Any) -> Tensor:
         rows = torch.randint(len(pairs[3]), (spec.batch,), generator=generator)
-        draws = torch.rand((spec.batch, 1, 2), generator=generator)
+        draws = torch.rand((spec.batch, 1, 2), generator=generator).to(bed.device, bed.dtype)
         z_start, z_end, window, labels = (value[rows] for value in pairs)
         at = targets.points(z_start, z_end, window, draws, table, settings)
         output = model(at.model_input, network_time(at.t), labels)

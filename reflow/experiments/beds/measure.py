@@ -17,7 +17,7 @@ from reflow.evaluation.metrics import paired_error
 from reflow.experiments.beds import scans
 from reflow.experiments.beds.exact import ExactBed, Model
 from reflow.experiments.beds.mixture import CLASSES
-from reflow.experiments.store import Store
+from reflow.experiments.store import Store, elsewhere
 from reflow.flow import ChordTable, Windows, network_time
 from reflow_kernels import window_chord
 
@@ -39,26 +39,26 @@ def reference(bed: ExactBed, store: Store, *, samples: int = SAMPLES, guidance: 
     """The noises that everything is measured from, and what the flow makes of them: kept in the store."""
     labels = torch.arange(samples) % CLASSES
     noise = torch.randn((samples, bed.mixture.means.shape[1]), generator=torch.Generator().manual_seed(NOISE_SEED))
-    what = json.dumps(["fine", bed.zero_snr, scans.digest(bed.scans), samples, guidance, steps, NOISE_SEED])
+    place = [elsewhere(bed.device)] if elsewhere(bed.device) else []
+    what = json.dumps(["fine", bed.zero_snr, scans.digest(bed.scans), samples, guidance, steps, NOISE_SEED, *place])
     name = "fine-" + hashlib.sha256(what.encode()).hexdigest()[:16]
     kept = store.tensors(name, lambda: {"fine": bed.fine(noise.to(bed.device), labels.to(bed.device), guidance=guidance, steps=steps).cpu()}, what)
-    place = [value.to(bed.device) for value in (noise, labels, kept["fine"])]
-    return Reference(*place, guidance)
+    return Reference(*(value.to(bed.device) for value in (noise, labels, kept["fine"])), guidance)
 
 
 def of_samples(bed: ExactBed, found: Tensor, ref: Reference) -> dict[str, float]:
     """paired: mean over noises of the RMS pixel distance to the fine solve. frechet: of the pixels' moments to the mixture's exact ones.
     nll: -log p(x | label) in nats a pixel, of the mixture as the clean end of the table sees it. agreement: share of samples whose most
-    probable class is the one that was asked for."""
-    exact, found = bed.mixture.to(torch.float64), found.double()
+    probable class is the one that was asked for. In fp64 on the CPU, wherever the samples lie."""
+    exact, found, labels = bed.mixture.to(torch.float64), found.cpu().double(), ref.labels.cpu()
     alpha, sigma = bed.clean()
     mean, covariance = exact.moments()
     covariance = alpha**2 * covariance + sigma**2 * torch.eye(len(mean), dtype=torch.float64)
     return {
         "paired": float(paired_error(found, ref.fine).mean()),
         "frechet": distance_of_moments(*moments(found), alpha * mean, covariance),
-        "nll": float(-exact.log_likelihood(found, ref.labels, alpha, sigma).mean()) / found.shape[1],
-        "agreement": float((exact.most_likely(found, alpha, sigma) == ref.labels).double().mean()),
+        "nll": float(-exact.log_likelihood(found, labels, alpha, sigma).mean()) / found.shape[1],
+        "agreement": float((exact.most_likely(found, alpha, sigma) == labels).double().mean()),
     }
 
 
@@ -93,7 +93,7 @@ def chords(bed: ExactBed, windows: Windows, *, per_window: int = 400, steps: int
     """Windows solved finely from noised samples that no student was trained on."""
     generator = torch.Generator().manual_seed(seed)
     count = per_window * len(windows)
-    labels, window = torch.arange(count) % CLASSES, torch.arange(count) // per_window
+    labels, window = (value.to(bed.device) for value in (torch.arange(count) % CLASSES, torch.arange(count) // per_window))
     data = bed.mixture.sample(labels, generator)
     noise = torch.randn(data.shape, generator=generator).to(data)
     begin = bed.table(windows).start(data, noise, window)
@@ -108,7 +108,7 @@ def profile(bed: ExactBed, model: Model, table: ChordTable, at: Chords, places: 
     At a place tau in [0, 1] the student is asked at the chord's point; at 0 that is where a K-step sampler asks it."""
     errors = []
     for tau in places:
-        t = table.time(at.window, torch.full((len(at.window),), tau, dtype=table.dtype))
+        t = table.time(at.window, torch.full((len(at.window),), tau, dtype=table.dtype, device=table.device))
         z, velocity, _ = window_chord(at.z_start, at.z_end, table.tau(at.window, t), table.dt[at.window])
         state, output = table.velocity_coefficients(at.window, t)
         found = state[:, None] * z + output[:, None] * model(z, network_time(t), at.labels)

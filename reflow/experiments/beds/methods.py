@@ -160,7 +160,7 @@ METHODS: dict[str, Method | Phased] = {
 
 def trained(spec: Student | Consistency, bed: ExactBed, store: Store, seeds: Sequence[int]) -> tuple[Model, ChordTable]:
     """The student on the bed, trained now with those of the other seeds if it is not in the store, and its last windows."""
-    own = replace(spec, scans=bed.scans)
+    own = replace(spec, scans=bed.scans, device=bed.device)
     model = consistency.trained(own, store, seeds) if isinstance(own, Consistency) else students.trained(own, store, seeds)
     return model, own.table()
 
@@ -168,6 +168,7 @@ def trained(spec: Student | Consistency, bed: ExactBed, store: Store, seeds: Seq
 def sample(bed: ExactBed, spec: Student | Consistency, model: Model, per_window: int, noise: Tensor, labels: Tensor, *,
            guidance: float | None = None) -> Tensor:  # fmt: skip
     """Samples [B, D] by so many steps a window. guidance: of the student's own answers. Consistency students are noised anew within a phase."""
-    if isinstance(spec, Consistency) and per_window > 1:
-        return consistency.noised_again(replace(spec, scans=bed.scans), model, per_window, noise, labels, guidance=guidance)
-    return bed.sample(model, bed.student_solver(replace(spec, scans=bed.scans).table(), per_window, guidance=guidance), noise, labels)
+    own = replace(spec, scans=bed.scans, device=bed.device)
+    if isinstance(own, Consistency) and per_window > 1:
+        return consistency.noised_again(own, model, per_window, noise, labels, guidance=guidance)
+    return bed.sample(model, bed.student_solver(own.table(), per_window, guidance=guidance), noise, labels)

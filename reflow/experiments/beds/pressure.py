@@ -32,6 +32,7 @@ def gradient(bed: ExactBed, correction: Correction, table: ChordTable, at: Chord
 def of_student(bed: ExactBed, correction: Correction, table: ChordTable, at: Chords) -> dict[str, Any]:
     """ratio: length of the gradient of the windows' second halves over that of their starts. cosine: of the two, below 0 where what
     mends one spoils the other."""
-    start = gradient(bed, correction, table, at, torch.zeros(len(at.window)))
-    late = gradient(bed, correction, table, at, torch.linspace(0.5, 1.0, 401)[torch.arange(len(at.window)) % 400])
+    start = gradient(bed, correction, table, at, torch.zeros(len(at.window), device=table.device))
+    places = torch.linspace(0.5, 1.0, 401)[torch.arange(len(at.window)) % 400]
+    late = gradient(bed, correction, table, at, places.to(table.device))
     return {"ratio": float(late.norm() / start.norm()), "cosine": float(torch.nn.functional.cosine_similarity(start, late, dim=0))}

@@ -70,7 +70,7 @@ def ddim(family: Family, network: Network, x: Tensor, steps: int) -> Tensor:
     """DDIM in the family's own coordinates and times, from and to x = z / (alpha + sigma) [B, D]."""
     grid = family.grid(steps)
     alpha, sigma = (v.to(x.dtype) for v in family.schedule.alpha_sigma(grid))
-    timestep = family.schedule.timestep(grid).to(x.dtype)
+    timestep = family.schedule.timestep(grid).to(x)
     z = x * (alpha[0] + sigma[0])
     for i in range(steps):
         z = ddim_step(family.kind, network(z, timestep[i].expand(len(z))), z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
@@ -83,7 +83,7 @@ def euler(family: Family, network: Network, x: Tensor, times: Tensor, *, rescale
     for i in range(len(times) - 1):
         t, c = times[i].to(x.dtype), scale[i].to(x.dtype)
         z = c * x if rescaled else x
-        output = network(z, timestep[i].to(x.dtype).expand(len(x)))
+        output = network(z, timestep[i].to(x).expand(len(x)))
         x = x + (times[i + 1] - times[i]).to(x.dtype) * convert(family.kind, "velocity", output, z, c * (1.0 - t), c * t)
     return x
 
@@ -106,7 +106,7 @@ def bent(states: list[Tensor], times: list[float]) -> dict[str, float]:
     """How far a path [S + 1] of states [B, D] at falling times is from straight: deviation, RMS of v_i - mean v over RMS of v, steps counted by
     their length; bow, 1 less the distance of its ends over its length; rfpp, the mean of (v_i - (z_noise - z_data))^2 of 2-rectified flow++.
     Paths that stand still are straight."""
-    path = torch.stack(states).double()
+    path = torch.stack(states).cpu().double()
     moves, lengths = path.diff(dim=0), -torch.tensor(times, dtype=torch.float64).diff()
     share = (lengths / lengths.sum())[:, None, None]
     v = moves / lengths[:, None, None]
@@ -125,8 +125,8 @@ def scaled(mixture: LowRankMixture, factor: float) -> LowRankMixture:
 
 def unit_gaussian(mixture: LowRankMixture) -> LowRankMixture:
     """N(0, I) in as many dimensions, of class 0 alone."""
-    one = torch.ones(1, dtype=mixture.means.dtype)
-    return LowRankMixture(mixture.means[:1] * 0, mixture.axes[:1], mixture.spread[:1] * 0, 1.0, one, torch.zeros(1, dtype=torch.int64))
+    one = torch.ones_like(mixture.weights[:1])
+    return LowRankMixture(mixture.means[:1] * 0, mixture.axes[:1], mixture.spread[:1] * 0, 1.0, one, torch.zeros_like(mixture.classes[:1]))
 
 
 def straight_steps(mixture: LowRankMixture, labels: Tensor, noise: Tensor, kind: str, steps: int, *, heun: bool = False) -> list[Tensor]:

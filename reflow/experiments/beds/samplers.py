@@ -39,14 +39,15 @@ class Field:
     FEATURES = 256
 
     @classmethod
-    def drawn(cls, size: int, length: float, seed: int, even: str = "v", dtype: torch.dtype = torch.float32) -> Field:
+    def drawn(cls, size: int, length: float, seed: int, even: str = "v", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Field:
         generator = torch.Generator().manual_seed(60_013 + seed)
         frequencies = torch.randn((size + 1, cls.FEATURES), generator=generator, dtype=torch.float64)
         frequencies[:size] /= length * math.sqrt(size)
         frequencies[size] /= cls.SPAN
         phases = 2 * math.pi * torch.rand(cls.FEATURES, generator=generator, dtype=torch.float64)
         values = torch.randn((cls.FEATURES, size), generator=generator, dtype=torch.float64) * math.sqrt(2 / cls.FEATURES)
-        return cls(frequencies.to(dtype), phases.to(dtype), values.to(dtype), even)
+        frequencies, phases, values = (value.to(device, dtype) for value in (frequencies, phases, values))
+        return cls(frequencies, phases, values, even)
 
     def __call__(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
         inside = torch.addmm(self.phases + math.atan2(sigma, alpha) * self.frequencies[-1], z / math.hypot(alpha, sigma), self.frequencies[:-1])
@@ -78,7 +79,7 @@ class Network:
 
 def like_eps(bed: ExactBed, field: Field, *, samples: int = 1000, places: int = 20) -> Field:
     """The field as large as the exact eps is, in RMS over noised data at evenly spaced times of the table."""
-    labels, generator = torch.arange(samples) % 10, torch.Generator().manual_seed(17)
+    labels, generator = torch.arange(samples, device=bed.device) % 10, torch.Generator().manual_seed(17)
     data = bed.mixture.sample(labels, generator)
     noise = torch.randn(data.shape, generator=generator).to(data)
     exact, mine, theirs = Network(bed.mixture, labels), 0.0, 0.0

@@ -51,7 +51,8 @@ def of_samples(bed: ExactBed, found: Tensor, labels: Tensor) -> dict[str, float]
 
 def components(bed: ExactBed, own: Tensor, label: int) -> tuple[Tensor, Tensor]:
     """The share of samples [N, D] of a class that each of its components most probably made, and the component's exact weight, in fp64."""
-    exact, kept = bed.mixture.to(torch.float64), bed.mixture.classes == label
+    exact = bed.mixture.to(torch.float64)
+    kept = exact.classes == label
     likeliest = exact.log_densities(own, *bed.clean())[:, kept].argmax(1)
     weights = exact.weights[kept] / exact.weights[kept].sum()
     return torch.bincount(likeliest, minlength=len(weights)).double() / len(own), weights

@@ -58,7 +58,7 @@ def sample(bed: ExactBed, model: Model, scheduler: Any, noise: Tensor, labels: T
     for timestep in scheduler.timesteps:
         shown = scheduler.scale_model_input(z, timestep)
         rows = shown if guidance is None else torch.cat([shown, shown])
-        output = model(rows.to(noise.dtype), timestep.to(noise.dtype).expand(len(rows)), labels_of)
+        output = model(rows.to(noise.dtype), timestep.to(noise).expand(len(rows)), labels_of)
         if guidance is not None:
             without, asked = output.chunk(2)
             output = without + guidance * (asked - without)

@@ -28,7 +28,7 @@ from reflow.experiments.beds.exact import Correction, ExactBed, Model, student
 from reflow.experiments.beds.fitting import fit, side_by_side
 from reflow.experiments.beds.mixture import CLASSES, NULL
 from reflow.experiments.beds.terms import follower, kept_to_teacher, rest_of
-from reflow.experiments.store import Store
+from reflow.experiments.store import Store, described
 from reflow.flow import ChordTable, Merger, Windows, WindowSolver, network_time
 from reflow.flow.merging import ends, levels
 from reflow.recipes.sections import Objective
@@ -82,7 +82,7 @@ BASE = {"loss": "mse", "time_density": "window_start", "time_share": 0.8, "time_
 class Student:
     """guidance: of the teacher's solves (1: none). drop: share of rows whose label is dropped, for the teacher as well while that is not
     guided (CFG-sync), for the student alone where it is (CFG-fixed). sees_output: the correction is given the exact output besides z.
-    pairs: solved windows a stage, stored and drawn from. scans: of the bed, a file or folder of them; "" the bundled ones."""
+    pairs: solved windows a stage, stored and drawn from. scans: of the bed, a file or folder of them; "" the bundled ones. device: the bed's."""
 
     stages: tuple[Stage, ...]
     seed: int = 0
@@ -96,14 +96,16 @@ class Student:
     sees_output: bool = True
     pairs: int = 32768
     scans: str = ""
+    device: str = "cpu"
 
     def bed(self) -> ExactBed:
-        return _bed(self.zero_snr, self.scans)
+        return _bed(self.zero_snr, self.scans, self.device)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, ready for JSON: what the student's name is the hash of. The scans count by what they are, not by where they lie."""
+        """Every setting, ready for JSON: what the student's name is the hash of. The scans count by what they are, not by where they lie; the device
+        by its type, where it is not the CPU."""
         stages = [{**asdict(s), "objective": s.settings().model_dump(), "solver_steps": solver_steps(s)} for s in self.stages]
-        return {**asdict(self), "stages": stages, "scans": scans.digest(self.scans), "version": version()}
+        return {**described(self), "stages": stages, "scans": scans.digest(self.scans), "version": version()}
 
     def name(self) -> str:
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:16]
@@ -130,13 +132,13 @@ class Student:
 
 
 @lru_cache(maxsize=4)
-def _bed(zero_snr: bool, scans: str) -> ExactBed:
-    return ExactBed(zero_snr=zero_snr, scans=scans)
+def _bed(zero_snr: bool, scans: str, device: str) -> ExactBed:
+    return ExactBed(zero_snr=zero_snr, scans=scans, device=device)
 
 
 def on(bed: ExactBed, spec: Student) -> Student:
     """The student on the bed that an experiment was asked for."""
-    return replace(spec, scans=bed.scans)
+    return replace(spec, scans=bed.scans, device=bed.device)
 
 
 def solver_steps(stage: Stage) -> int:
@@ -283,6 +285,6 @@ def pool(spec: Student, store: Store) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             else:
                 solved(rows, active[rows % len(active)].to(bed.device))
                 continue
-            parts += [(states[k], states[k + 1], torch.full((len(rows),), k), seen[rows]) for k in active.tolist()]
+            parts += [(states[k], states[k + 1], torch.full((len(rows),), k, device=bed.device), seen[rows]) for k in active.tolist()]
     z_start, z_end, window, seen = (torch.cat(column) for column in zip(*parts, strict=True))
     return z_start, z_end, window, seen
