@@ -14,7 +14,7 @@ from .objective import (
     time_weight,
     window_weight,
 )
-from .schedule import EDM, VE, ContinuousVP, DiscreteVP, Rectified, Schedule, index, network_time
+from .schedule import EDM, VE, ContinuousVP, DiscreteVP, Rectified, Schedule, index, network_time, shifted
 from .solver import WindowSolver
 from .windows import Windows, snap
 
@@ -37,6 +37,7 @@ __all__ = [
     "schedule_end_coefficients",
     "schedule_loss",
     "schedule_point",
+    "shifted",
     "snap",
     "time_weight",
     "window_weight",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
-NETWORK_TIMES = ("index", "perflow")  # what a student's network is told of the time, see `network_time`
+NETWORK_TIMES = ("index", "perflow", "flow")  # what a student's network is told of the time, see `network_time`
 MOST_STEPS = 100_000  # of a table; published bases have a thousand
 
 
@@ -39,13 +39,15 @@ def network_time(t: Tensor, mode: str = "index", train_steps: int = TRAIN_STEPS)
     """The timestep a student's network is given at time t: fp32, shape of t.
 
     mode "index": index(t), 999 ... 0, the integers of the base model and of stock DDIM. mode "perflow": 1000 t, as the
-    published PeRFlow weights expect (PeRFlow, arXiv 2405.07510, code).
+    published PeRFlow weights expect (PeRFlow, arXiv 2405.07510, code). mode "flow": 1000 t as well, what bases that are
+    rectified flows were trained with.
     """
     if mode == "index":
         return index(t, train_steps).to(torch.float32)
-    if mode == "perflow":
+    if mode in ("perflow", "flow"):
         return (t.double() * train_steps).to(torch.float32)
-    raise ValueError(f'network_time is "{mode}"; write "index" (the base model\'s integers) or "perflow" (1000 t).')
+    known = '"index" (the base model\'s integers), "perflow" or "flow" (1000 t)'
+    raise ValueError(f'network_time is "{mode}"; write {known}.')
 
 
 @runtime_checkable
@@ -218,8 +220,31 @@ class EDM(VE):
         return sigma
 
 
+@overload
+def shifted(u: float, shift: float) -> float: ...
+@overload
+def shifted(u: Tensor, shift: float) -> Tensor: ...
+
+
+def shifted(u: float | Tensor, shift: float) -> float | Tensor:
+    """Time t = a u / (1 + (a - 1) u) of an even time u, a = `shift`: above 1 more steps near noise, at 1 none moved.
+
+    Esser et al., arXiv 2403.03206, equation 23. A resolution's mu of FLUX and its kin is a = e^mu; the inverse is the
+    shift by 1/a.
+    """
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
 class Rectified:
-    """Straight flow: alpha = 1 - t, sigma = t. Its networks take 1000 t, as diffusers' flow-matching models do."""
+    """Straight flow: alpha = 1 - t, sigma = t. Its networks take 1000 t, as diffusers' flow-matching models do.
+
+    shift: of the even grids on which it is solved and sampled, as the base's own sampler has it; see `shifted`.
+    """
+
+    def __init__(self, shift: float = 1.0):
+        if not 0 < shift < math.inf:
+            raise ValueError(f"A flow's shift is {shift}; write a number above 0, 1 for an even grid.")
+        self.shift = float(shift)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1.0 - t, t.clone()

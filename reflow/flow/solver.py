@@ -18,7 +18,7 @@ from reflow_kernels import guided_step
 
 from .chord import MIN_ALPHA, ChordTable
 from .prediction import KINDS, ddim_coefficients, expand, flow_coefficients
-from .schedule import DiscreteVP, Schedule, index, network_time
+from .schedule import DiscreteVP, Schedule, index, network_time, shifted
 from .windows import Windows
 
 METHODS = ("ddim", "euler", "heun")
@@ -38,8 +38,9 @@ class _Corrector:
 class WindowSolver:
     """A pre-trained teacher that solves its ODE from each window's start to its end in `steps` steps.
 
-    The grid is t_start + (t_end - t_start) i/S. On a discrete schedule the solver goes from index(t_i) to
-    index(t_{i+1}) on the table, with no floor division; repeated indices are a ValueError.
+    The grid is t_start + (t_end - t_start) i/S, of a flow with a shift evenly spaced before that shift. On a discrete
+    schedule the solver goes from index(t_i) to index(t_{i+1}) on the table, with no floor division; repeated indices
+    are a ValueError.
 
     prediction_type: what the network's output is ("epsilon", "v_prediction", "sample", "velocity").
     method: "ddim"; "euler", the same step, since DDIM is Euler in each reading's own coordinates; or "heun",
@@ -71,7 +72,7 @@ class WindowSolver:
         if prediction_type not in KINDS:
             known = ", ".join(f'"{name}"' for name in KINDS)
             raise ValueError(f'A teacher with prediction_type "{prediction_type}" is not known; known are {known}.')
-        grid = time_grid(windows, steps)
+        grid = time_grid(windows, steps, getattr(schedule, "shift", 1.0))
         if isinstance(schedule, DiscreteVP):
             _refuse_repeated_indices(grid, len(schedule), windows)
         grid = grid.flip(0) if backward else grid
@@ -110,7 +111,7 @@ class WindowSolver:
         Raises ValueError if a boundary of the student's windows falls between two grid points, since a step across it
         would use the velocity of a window that has ended.
         """
-        grid = time_grid(windows, steps)
+        grid = time_grid(windows, steps, getattr(table.schedule, "shift", 1.0))
         known = table.windows.boundaries
         if windows.boundaries[0] > known[0] + 1e-4 or windows.boundaries[-1] < known[-1] - 1e-4:
             raise ValueError(
@@ -218,13 +219,19 @@ class WindowSolver:
         return z
 
 
-def time_grid(windows: Windows, steps: int) -> Tensor:
-    """Times [S+1, K] in fp64, t_start + (t_end - t_start) i/S: row 0 is every window's start, row S its end."""
+def time_grid(windows: Windows, steps: int, shift: float = 1.0) -> Tensor:
+    """Times [S+1, K] in fp64: row 0 is every window's start, row S its end, and between them
+    t_start + (t_end - t_start) i/S, or with a shift points that lie so before it (`shifted`)."""
     if steps < 1:
         raise ValueError(f"A window cannot be solved in {steps} steps; at least one is needed.")
     start = torch.tensor(windows.t_start, dtype=torch.float64)
     end = torch.tensor(windows.t_end, dtype=torch.float64)
-    return torch.lerp(start, end, (torch.arange(steps + 1, dtype=torch.float64) / steps)[:, None])
+    share = (torch.arange(steps + 1, dtype=torch.float64) / steps)[:, None]
+    if shift == 1.0:
+        return torch.lerp(start, end, share)
+    grid = shifted(torch.lerp(shifted(start, 1.0 / shift), shifted(end, 1.0 / shift), share), shift)
+    grid[0], grid[-1] = start, end  # to the bit, whatever the rounding of there and back
+    return grid
 
 
 def _refuse_repeated_indices(grid: Tensor, train_steps: int, windows: Windows) -> None:

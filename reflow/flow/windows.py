@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .schedule import shifted
+
 MOST = 1000  # windows, as many as train steps that they are made of
 # A time this close above a boundary still counts as the boundary (PeRFlow: 0.1 of a train step).
 TOLERANCE = 1e-4
@@ -53,6 +55,12 @@ class Windows:
             raise ValueError(f"{count} windows were asked for; at least one is needed, and there are at most {MOST}.")
         inner = (t_noise + (t_clean - t_noise) * k / count for k in range(1, count))
         return cls((float(t_noise), *inner, float(t_clean)))
+
+    @classmethod
+    def shifted(cls, count: int, shift: float) -> Windows:
+        """`count` windows whose boundaries lie evenly before the time shift of a flow: t_k = shifted(1 - k/K)."""
+        even = cls.uniform(count).boundaries
+        return cls(tuple(shifted(u, shift) for u in even))
 
     def __len__(self) -> int:
         return len(self.boundaries) - 1
