@@ -18,7 +18,7 @@ INTERRUPTED = "the same command goes on with what is done"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", help="of the base: sd15, sdxl or digits")
+    parser.add_argument("--family", help="of the base: sd15, sdxl, digits, sd3, flux, sana, qwen-image, z-image or a .py file")
     parser.add_argument("--base", default="builtin", help="diffusers folder or hub name ('builtin': the digits model)")
     parser.add_argument(
         "--data",

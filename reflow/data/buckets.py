@@ -22,7 +22,7 @@ def latent_shape(base: Base, size: Size) -> tuple[int, int, int]:
 
 def cell(base: Base) -> int:
     """Pixels that a side must be a multiple of: the VAE's factor times the UNet's."""
-    return base.vae_scale_factor * 2 ** (len(base.configs["unet"]["block_out_channels"]) - 1)
+    return base.cell
 
 
 def table(base: Base, resolution: int) -> list[Size]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ from safetensors.torch import load_file
 from reflow.data.shapes import Shaped, grouped
 from reflow.data.shards import Column
 from reflow.errors import UserError
-from reflow.models.conditioning import Conditioning
+from reflow.models.conditioning import OF_IMAGE, UNET, Conditioning
 from reflow.models.family import Base
 from reflow.weights.files import weight_files
 
 VERSION = 2  # of the code that encodes: raised when the same image would give other numbers
 MANIFEST = "manifest.json"
+# Columns of the shards that have other names than the rows they hold, and the order that rows of these names have.
+COLUMNS = {"encoder_hidden_states": "hidden", "text_embeds": "pooled"}
+ORDER = ("encoder_hidden_states", "text_embeds")
 HEAD = 1024  # elements of each tensor that identify a UNet, which is not loaded to encode
 
 
@@ -58,7 +60,7 @@ def fingerprint(base: Base) -> dict[str, Any]:
 def digest_of_unet(base: Base) -> str | None:
     """Hash of names, shapes and first elements (as fp32) of the UNet's tensors on disk, read without loading it; None
     where the base holds no safetensors file of it."""
-    files = weight_files(Path(base.path) / "unet")
+    files = weight_files(Path(base.path) / base.family.network[0])
     if not files:
         return None
     total, found = hashlib.sha256(), {}
@@ -158,15 +160,16 @@ class CachedDataset(Shaped):
         ]
         self.groups = grouped([len(column) for column in self.latents], kinds)
         self.latents = [column for column in self.latents if len(column)]
-        self.hidden = Column(tables["text"], "hidden", shapes["hidden"])
         self.text = tables["text"]
-        self.pooled = Column(tables["text"], "pooled", shapes["pooled"]) if shapes["pooled"] else None
-        self.time_ids = Column(tables["latents"], "time_ids", [6]) if shapes["pooled"] else None
+        null = load_file(str(folder / "null.safetensors"))
+        # In the order of the null prompt's own rows, which is that of the family.
+        names = sorted(null, key=lambda name: (name in OF_IMAGE, ORDER.index(name) if name in ORDER else len(ORDER), name))
+        self.null = Conditioning(call=manifest.get("call", UNET), **{name: null[name] for name in names})
+        self.told = {n: Column(tables["text"], COLUMNS.get(n, n), shapes[COLUMNS.get(n, n)]) for n in names if n not in OF_IMAGE}
+        self.own = {n: Column(tables["latents"], n, list(null[n].shape[1:])) for n in names if n in OF_IMAGE}
         self.caption_of = torch.cat(
             [torch.tensor(t.column("caption").to_pylist(), dtype=torch.long) for t in tables["latents"]]
         )
-        null = load_file(str(folder / "null.safetensors"))
-        self.null = Conditioning(null["encoder_hidden_states"], null.get("text_embeds"), null.get("time_ids"))
 
     def __len__(self) -> int:
         return len(self.caption_of)
@@ -179,11 +182,8 @@ class CachedDataset(Shaped):
     def conditioning(self, items: torch.Tensor, dropped: torch.Tensor | None = None) -> Conditioning:
         """Captions of the items [B]; where `dropped` [B] bool is set, the null prompt with the image's own time ids."""
         caption = self.caption_of[items]
-        rows = Conditioning(
-            self.hidden.rows(caption),
-            self.pooled.rows(caption) if self.pooled else None,
-            self.time_ids.rows(items) if self.time_ids else None,
-        )
+        told = {name: column.rows(caption) for name, column in self.told.items()}
+        rows = Conditioning(call=self.null.call, **told, **self.own_rows(items))
         return rows if dropped is None else self.null_rows(items).where(dropped, rows)
 
     def words(self, items: torch.Tensor) -> list[str]:
@@ -199,5 +199,8 @@ class CachedDataset(Shaped):
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
-        ids = self.time_ids.rows(items) if self.time_ids else None
-        return replace(self.null.select(torch.zeros_like(items)), time_ids=ids)
+        return self.null.select(torch.zeros_like(items)).with_rows(**self.own_rows(items))
+
+    def own_rows(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What belongs to each image itself."""
+        return {name: column.rows(items) for name, column in self.own.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -49,10 +49,8 @@ class LatentDataset(Shaped):
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
-        ids = self.captions.time_ids
-        return replace(
-            self.null.select(torch.zeros_like(items)), time_ids=None if ids is None else ids[self.caption_of[items]]
-        )
+        own = {name: rows[self.caption_of[items]] for name, rows in self.captions.parts(of_image=True)}
+        return self.null.select(torch.zeros_like(items)).with_rows(**own)
 
 
 def encode_digits(base: Base, *, batch: int = 256) -> LatentDataset:

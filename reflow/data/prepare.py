@@ -15,12 +15,13 @@ import pyarrow
 import torch
 
 from reflow.data import buckets, workers
-from reflow.data.cache import MANIFEST, check_base, fingerprint, read_manifest
+from reflow.data.cache import COLUMNS, MANIFEST, check_base, fingerprint, read_manifest
 from reflow.data.encode import Encoder, cut_captions
 from reflow.data.shards import Skipped, grow, notes_of, npy, tidy, vectors, write_json
 from reflow.data.source import Source
 from reflow.errors import UserError
 from reflow.locks import alone
+from reflow.models.conditioning import UNET
 from reflow.models.family import Base
 from reflow.outputs import others, write_text, written
 from reflow.weights.files import save_tensors
@@ -212,9 +213,8 @@ class Preparation:
         for rows in parts(len(task.rows), self.batch, done):
             captions = [self.captions[task.rows[r]] for r in rows]
             encoded = self.encoder.text(captions)
-            columns = {"text": pyarrow.array(captions), "hidden": vectors(self.floats(encoded.encoder_hidden_states))}
-            if encoded.text_embeds is not None:
-                columns["pooled"] = vectors(self.floats(encoded.text_embeds))
+            columns = {"text": pyarrow.array(captions)}
+            columns |= {COLUMNS.get(name, name): vectors(self.floats(rows_of)) for name, rows_of in encoded.parts(of_image=False)}
             yield rows.stop, pyarrow.table(columns), []
 
     def floats(self, values: torch.Tensor) -> np.ndarray:
@@ -291,21 +291,14 @@ class Preparation:
         rows = {size: sum(notes_of(self.out / t.file)["rows"] for t in tasks if t.size == size) for size in self.sizes}
         commonest = max(self.sizes, key=rows.get)
         null = self.base.null_conditioning(1, commonest).to("cpu", torch.float32)
-        tensors = {
-            "encoder_hidden_states": null.encoder_hidden_states,
-            "text_embeds": null.text_embeds,
-            "time_ids": null.time_ids,
-        }
         with written(self.out / "null.safetensors") as temporary:
-            save_tensors({k: v.contiguous() for k, v in tensors.items() if v is not None}, temporary)
+            save_tensors({name: rows_of.contiguous() for name, rows_of in null.rows.items()}, temporary)
         tidy(self.out)
-        pooled = null.text_embeds
-        shapes = {
-            "hidden": list(null.encoder_hidden_states.shape[1:]),
-            "pooled": None if pooled is None else list(pooled.shape[1:]),
-        }
+        told = {COLUMNS.get(name, name): list(rows_of.shape[1:]) for name, rows_of in null.parts(of_image=False)}
+        shapes = {"hidden": None, "pooled": None, **told}
+        call = {} if null.call == UNET else {"call": null.call}  # earlier manifests are of UNets and do not say so
         left = {reason: {"count": count, "first": name} for reason, (count, name) in self.source.left.items()}
-        manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts, "left_out": left}
+        manifest |= {"complete": True, "shards": shards, "shapes": shapes, "counts": counts, "left_out": left, **call}
         write_json(self.out / MANIFEST, manifest)
         return manifest
 

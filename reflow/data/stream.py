@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -67,11 +68,7 @@ class StreamDataset(Shaped):
         """Captions of the items [B]; where `dropped` [B] bool is set, the null prompt with the image's own time ids."""
         read = self.pictures(items)
         rows = [self.caption(self.source.caption(number)) for number, _ in read]
-        told = Conditioning(
-            torch.cat([r.encoder_hidden_states for r in rows]),
-            None if rows[0].text_embeds is None else torch.cat([r.text_embeds for r in rows]),
-            self.time_ids(read),
-        )
+        told = functools.reduce(Conditioning.cat, rows).with_rows(**self.own_rows(read))
         return told if dropped is None else self.null_rows(items).where(dropped, told)
 
     def words(self, items: torch.Tensor) -> list[str]:
@@ -84,11 +81,11 @@ class StreamDataset(Shaped):
 
     def null_rows(self, items: torch.Tensor) -> Conditioning:
         """The null prompt [B] of items, with each image's own time ids where the family has them."""
-        rows = self.null.select(torch.zeros_like(items))
-        return Conditioning(rows.encoder_hidden_states, rows.text_embeds, self.time_ids(self.pictures(items)))
+        return self.null.select(torch.zeros_like(items)).with_rows(**self.own_rows(self.pictures(items)))
 
-    def time_ids(self, read: list[tuple[int, Picture]]) -> torch.Tensor | None:
-        return torch.tensor([p[1] for _, p in read], dtype=torch.float32) if self.base.family.pooled else None
+    def own_rows(self, read: list[tuple[int, Picture]]) -> dict[str, torch.Tensor]:
+        """What belongs to each image itself: its size and crop, where the family has a row for it."""
+        return {"time_ids": torch.tensor([p[1] for _, p in read], dtype=torch.float32)} if self.null.time_ids is not None else {}
 
     def caption(self, words: str) -> Conditioning:
         """One encoded caption [1], from the ones kept or encoded now."""

@@ -9,7 +9,7 @@ import torch
 
 from reflow.data import sampler
 from reflow.evaluation.runs import Student
-from reflow.flow import ChordTable, DiscreteVP, Windows, WindowSolver
+from reflow.flow import ChordTable, Windows, WindowSolver
 from reflow.models.conditioning import Conditioning, denoise
 from reflow.models.family import Base
 from reflow.sampling import sample, sample_teacher
@@ -97,7 +97,7 @@ def trajectory(
 
     student None: the base's own DDIM. Else Euler steps of the student's own velocity. Guided above 1.
     """
-    schedule, device = DiscreteVP.from_config(base.scheduler_config), next(unet.parameters()).device
+    schedule, device = base.schedule(), next(unet.parameters()).device
     scale = guidance_scale if guidance_scale > 1 else None
     if student is None:
         solver = WindowSolver(
@@ -109,7 +109,7 @@ def trajectory(
             table, fine, 1, network_time_mode=student.network_time, guidance_scale=scale
         )
     if solver.guidance_scale is not None:
-        conditioning = base.null_conditioning(1).expand(len(noise)).cat(conditioning)
+        conditioning = base.null_conditioning(1).expand(len(noise)).cat(conditioning).guiding(solver.guidance_scale)
     z = noise.to(device, torch.float32)
     path = [z]
     for k in range(len(fine)):

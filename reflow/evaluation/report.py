@@ -18,6 +18,7 @@ from reflow.models import registry
 from reflow.outputs import staged, write_text
 from reflow.recipes import reading
 
+FAMILIES = ("digits", "digits-flow")  # whose measures are features of the digits
 FORMAT = 1  # of report.json; raise it when its keys change
 
 
@@ -38,15 +39,15 @@ def existing(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | Non
 
 
 def make_suite(run: Run, settings: Settings, device: str | None = None) -> Suite:
-    """A run's base, ready to evaluate it and others of the same base. UserError for a family other than digits."""
-    if run.recipe.model.family != "digits":
+    """A run's base, ready to evaluate it and others of the same base. UserError for a family other than those of the digits."""
+    if run.recipe.model.family not in FAMILIES:
         raise UserError(
             f"{run.folder} trained the family '{run.recipe.model.family}'; `reflow evaluate` measures the digits model"
             " only, since its measures are features of the digits."
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = registry.family("digits").load(run.recipe.model.base, device=machine.usable(device))
+    base = registry.family(run.recipe.model.family).load(run.recipe.model.base, device=machine.usable(device))
     learnt, asked = learnt_guidance(run), settings.guidance
     if asked is None or asked == learnt:
         return Suite(base, settings, guidance_scale=learnt)

@@ -44,7 +44,7 @@ class Student:
 
     def network(self, base: Base, device: torch.device) -> torch.nn.Module:
         """A UNet of the base's architecture with the student's weights, fp32, frozen. UserError if they do not fit."""
-        unet = type(base.unet).from_config(base.unet.config)
+        unet = base.new_network()
         unet.load_state_dict(student_state(base.unet.state_dict(), self.path))
         return unet.to(device, torch.float32).eval().requires_grad_(False)
 

@@ -24,6 +24,9 @@ from reflow.weights.guard import REMEDY, opened, reason_of
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "reflow.sampling")
 # Schedulers that are read from their config by our own class, wherever theirs lies.
 OWN_SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
+# Schedulers of flows, and the numbers of theirs that are read here.
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler", "FlowWindowScheduler")
+SHIFTS = ("shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 PART = re.compile(r"\w{1,64}", re.ASCII)
 # Keys by which a config would make a library fetch or run other code, or take weights apart in another way.
 FOREIGN = ("auto_map", "quantization_config", "compression_config", "attn_implementation", "_attn_implementation", "custom_pipeline")
@@ -122,6 +125,15 @@ def check_schedule(config: Mapping[str, Any], file: Path) -> None:
         DiscreteVP.from_config(config)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{file} describes no noise schedule that can be read ({reason_of(error)}). {REMEDY}") from error
+
+
+def check_flow(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError naming the file where a scheduler's config is of no rectified flow, or has a shift that is no number above 0."""
+    kind = config.get("_class_name")
+    if kind not in FLOWS:
+        raise UserError(f"{file} is of a {quote(kind)}, and a transformer of a flow has one of {', '.join(FLOWS)}. {REMEDY}")
+    for key in SHIFTS:
+        _need(config.get(key), lambda v: v is None or (_number(v) and v > 0), file, key, "a number above 0")
 
 
 def check_files(network: torch.nn.Module, files: Iterable[Path], file: Path) -> None:

@@ -97,13 +97,9 @@ def build_tokenizers() -> tuple[Any, Any]:
     )
 
 
-def build(seed: int = 0) -> dict[str, Any]:
-    """The untrained parts, named as StableDiffusionXLPipeline names them; initial weights are fixed by the seed."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    tokenizer, tokenizer_2 = build_tokenizers()
-    text = dict(
+def text_settings(tokenizer: Any) -> dict[str, Any]:
+    """What the configs of both text encoders have in common."""
+    return dict(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=2 * TEXT_WIDTH,
@@ -115,6 +111,15 @@ def build(seed: int = 0) -> dict[str, Any]:
         # 2 would select CLIP's legacy pooling by the largest id.
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def build(seed: int = 0) -> dict[str, Any]:
+    """The untrained parts, named as StableDiffusionXLPipeline names them; initial weights are fixed by the seed."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer, tokenizer_2 = build_tokenizers()
+    text = text_settings(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return dict(

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from reflow.errors import UserError
-from reflow.models.conditioning import Conditioning
+from reflow.flow import DiscreteVP, Schedule
+from reflow.models.conditioning import Conditioning, unet_rows
 
 PARTS = ("unet", "vae", "text")
 
@@ -37,7 +38,8 @@ class Base:
     """A pre-trained diffusion model, read from a diffusers folder. A part that was not asked for is None.
 
     Networks come in eval mode; VAE and text encoders are frozen. `configs` holds the config of every part, loaded or
-    not.
+    not, that of the network under its folder's name (`network_config`). `unet` is the network itself, which is a
+    transformer where the family's `network` says so.
     """
 
     family: Family
@@ -56,9 +58,23 @@ class Base:
     schedule_config = scheduler_config
 
     @property
+    def network_config(self) -> Mapping[str, Any]:
+        """The config of the UNet or transformer."""
+        return self.configs[self.family.network[0]]
+
+    def schedule(self, resolution: int | tuple[int, int] | None = None) -> Schedule:
+        """The base's noise schedule; resolution, a side or (height, width), is read by families whose time shift follows
+        it."""
+        return DiscreteVP.from_config(self.scheduler_config)
+
+    @property
     def prediction_type(self) -> str:
         """How the UNet's output reads: "epsilon", "v_prediction" or "sample"."""
         return self.scheduler_config.get("prediction_type", "epsilon")
+
+    def pipeline_call(self, scale: float) -> dict[str, Any]:
+        """Arguments by which the base's own pipeline guides as `scale` does here; 1: not at all."""
+        return {"guidance_scale": scale}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -70,17 +86,39 @@ class Base:
         """The side in pixels that the base was trained at."""
         return self.configs["unet"]["sample_size"] * self.vae_scale_factor
 
+    @property
+    def cell(self) -> int:
+        """Pixels that a side must be a multiple of: the VAE's factor times the network's."""
+        return self.vae_scale_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of square images of this side in pixels (default: the base's own)."""
         resolution = resolution or self.resolution
-        cell = self.vae_scale_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
-        if resolution % cell:
+        if resolution % self.cell:
             raise UserError(
                 f"Resolution {resolution} does not fit the {self.family.name} base at {self.path}: "
-                f"write a multiple of {cell}."
+                f"write a multiple of {self.cell}."
             )
         side = resolution // self.vae_scale_factor
         return self.configs["unet"]["in_channels"], side, side
+
+    def fitted(self, network: Any) -> Any:
+        """A network of this base as the family asks it; called for each that is made or read."""
+        return network
+
+    def new_network(self) -> Any:
+        """A network of this base's architecture, in fp32, with weights that are still to be loaded."""
+        return self.fitted(type(self.unet).from_config(self.unet.config))
+
+    def hollow(self) -> Any:
+        """The network of the config without weights, on whatever device torch makes tensors now."""
+        import diffusers
+
+        return getattr(diffusers, self.family.network[1]).from_config(dict(self.network_config))
+
+    def example(self, dtype: torch.dtype) -> Conditioning:
+        """One row of conditioning of the shapes that prompts have, uninitialised, on whatever device torch makes tensors now."""
+        return unet_rows(self.network_config, self.configs["text_encoder"].get("max_position_embeddings", 77), dtype)
 
     def _time_ids(self, batch: int, resolution: int | tuple[int, int] | None) -> torch.Tensor | None:
         if not self.family.pooled:
@@ -134,7 +172,7 @@ class Base:
         if self.zero_null:
             pooled = None if null.text_embeds is None else torch.zeros_like(null.text_embeds)
             null = Conditioning(torch.zeros_like(null.encoder_hidden_states), pooled, null.time_ids)
-        return null.select(torch.zeros(batch, dtype=torch.long, device=null.encoder_hidden_states.device))
+        return null.select(torch.zeros(batch, dtype=torch.long, device=null.tensors[0].device))
 
     def _latent_scale(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """(scale, shift): scaled latents = (latents - shift) * scale."""
@@ -174,10 +212,28 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text encoder of a pipeline: its folder and transformers class, its tokenizer's folder and class; optional: a
+    folder may leave it out."""
+
+    encoder: str
+    kind: str
+    tokenizer: str
+    tokenizer_kind: str = "CLIPTokenizer"
+    optional: bool = False
+
+
+CLIP = Text("text_encoder", "CLIPTextModel", "tokenizer")
+CLIP_POOLED = Text("text_encoder_2", "CLIPTextModelWithProjection", "tokenizer_2")
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of base: the pipelines it takes, whether it has pooled text and time ids, its built-in folder if it has
     one, and the class that encodes and decodes (see README.md of this folder). null_prompt: "base", "zeros" or "empty",
-    see `Base.zero_null`.
+    see `Base.zero_null`. guidance: what a network that is told its guidance is told, 0: what
+    its pipeline does by default. network: folder and diffusers class of what is trained; vae: the class of the VAE; texts: its
+    text encoders, () for one CLIP, or with pooled for SDXL's two.
     """
 
     name: str
@@ -186,6 +242,15 @@ class Family:
     builtin: Path | None = None
     base: type[Base] = Base
     null_prompt: str = "base"
+    guidance: float = 0.0
+    network: tuple[str, str] = ("unet", "UNet2DConditionModel")
+    vae: str = "AutoencoderKL"
+    texts: tuple[Text, ...] = ()
+    @property
+    def encoders(self) -> tuple[Text, ...]:
+        """The text encoders in order."""
+        return self.texts or (CLIP, CLIP_POOLED)[: 1 + self.pooled]
+
     loader: ClassVar[Callable[..., Base]]  # set where families are registered, so that this file imports no reader
 
     def load(

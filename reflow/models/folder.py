@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from reflow.errors import UserError
-from reflow.models.checks import check_config, check_files, check_index, check_schedule, check_sizes, check_types
+from reflow.models.checks import check_config, check_files, check_flow, check_index, check_schedule, check_sizes, check_types
 from reflow.models.family import PARTS, Base, Family
 from reflow.models.parts import WEIGHTS, read_json
 from reflow.quiet import quiet_imports
 from reflow.weights.files import choose_variant, shard_names, variant_of
 from reflow.weights.guard import CONVERT, PICKLES, REMEDY, need_finite, on_meta, pickles_allowed, reason_of
 
-TITLES = {"unet": "UNet", "vae": "VAE"}
+TITLES = {"unet": "UNet", "transformer": "transformer", "vae": "VAE"}
 
 
 def load_base(
@@ -41,36 +41,34 @@ def load_base(
             f"{folder} holds a {index.get('_class_name')}, but the family {family.name!r} takes "
             f"{' or '.join(family.pipelines)}. Name the family that fits the folder."
         )
-    encoders = ("text_encoder", "text_encoder_2") if family.pooled else ("text_encoder",)
-    tokenizers = ("tokenizer", "tokenizer_2") if family.pooled else ("tokenizer",)
-    configs = {"pipeline": index, "scheduler": read_scheduler(folder)}
-    for name in ("unet", "vae", *encoders):
+    part, kind = family.network
+    texts = [text for text in family.encoders if not (text.optional and index.get(text.encoder) in (None, [None, None]))]
+    configs = {"pipeline": index, "scheduler": read_scheduler(folder, part)}
+    for name in (part, "vae", *(text.encoder for text in texts)):
         configs[name] = read_json(folder / name / "config.json")
         check_config(configs[name], folder / name / "config.json")
-    check_sizes(configs["unet"], configs["vae"], folder)
-    if configs["unet"].get("_class_name") != "UNet2DConditionModel":
-        raise UserError(
-            f"{folder / 'unet'} holds a {configs['unet'].get('_class_name')}; reflow trains a UNet2DConditionModel."
-        )
+    if part == "unet":
+        check_sizes(configs["unet"], configs["vae"], folder)
+    if configs[part].get("_class_name") != kind:
+        raise UserError(f"{folder / part} holds a {configs[part].get('_class_name')}; reflow trains a {kind}.")
 
     base = family.base(family=family, path=folder, configs=configs)
     if not parts:
         return base
     quiet_imports()
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    import diffusers
+    import transformers
 
     if "unet" in parts:
-        base.unet = _network(UNet2DConditionModel, folder / "unet", dtype).to(device)
+        base.unet = base.fitted(_network(getattr(diffusers, kind), folder / part, dtype)).to(device)
     if "vae" in parts:
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else dtype
-        base.vae = _network(AutoencoderKL, folder / "vae", vae_dtype).to(device).requires_grad_(False)
+        base.vae = _network(getattr(diffusers, family.vae), folder / "vae", vae_dtype).to(device).requires_grad_(False)
     if "text" in parts:
-        classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         base.text_encoders = tuple(
-            _network(classes[name], folder / name, dtype).to(device).requires_grad_(False) for name in encoders
+            _network(getattr(transformers, text.kind), folder / text.encoder, dtype).to(device).requires_grad_(False) for text in texts
         )
-        base.tokenizers = tuple(_tokenizer(folder / name) for name in tokenizers)
+        base.tokenizers = tuple(_tokenizer(folder / text.tokenizer, text.tokenizer_kind) for text in texts)
     return base
 
 
@@ -92,11 +90,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The scheduler's config of a diffusers folder. Raises UserError where it describes no noise schedule."""
+def read_scheduler(folder: Path, network: str = "unet") -> dict[str, Any]:
+    """The scheduler's config of a diffusers folder. Raises UserError where it describes no noise schedule that the network can have: of a
+    UNet a table of betas, of a transformer a flow."""
     file = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(file)
-    check_schedule(config, file)
+    config = read_json(file, infinite=network != "unet")  # Sana's DPM-Solver has lambda_min_clipped = -Infinity
+    if network == "unet":
+        check_schedule(config, file)
+    else:
+        check_flow(config, file)
     return config
 
 
@@ -191,14 +193,13 @@ def _described(kind: Any, folder: Path) -> torch.nn.Module:
     return on_meta(lambda: kind(kind.config_class.from_dict(config)), folder / "config.json")
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
+def _tokenizer(folder: Path, kind: str) -> Any:
+    import transformers
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(
-            f"{folder} has no tokenizer: tokenizer.json (or vocab.json and merges.txt) is missing. {REMEDY}"
-        )
+    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{folder} has no tokenizer: none of {', '.join(names)} is there. {REMEDY}")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason_of(error)}). {REMEDY}") from error

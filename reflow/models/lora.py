@@ -119,22 +119,23 @@ class Adapters:
         finally:
             self._active[:] = before
 
-    def call(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
-        return_dict: bool = False,
-    ) -> tuple[torch.Tensor]:
-        """The UNet's output in the dtype of `sample`, computed in the base's."""
-        if added_cond_kwargs is not None:
-            added_cond_kwargs = {name: tensor.to(self.dtype) for name, tensor in added_cond_kwargs.items()}
-        hidden = encoder_hidden_states.to(self.dtype)
-        output = self.unet(
-            sample.to(self.dtype), timestep, hidden, added_cond_kwargs=added_cond_kwargs, return_dict=False
-        )
-        return (output[0].to(sample.dtype),)
+    def call(self, *args: Any, **kwargs: Any) -> tuple[Any]:
+        """The network's output in the dtype of its sample (the first argument, or `hidden_states`), computed in the base's: every tensor of
+        floats is cast but the timestep (the second argument, or of that name). A list of samples gives a list."""
+        sample = args[0] if args else kwargs["hidden_states"]
+        cast = [value if place == 1 else self._cast(value) for place, value in enumerate(args)]
+        named = {name: value if name == "timestep" else self._cast(value) for name, value in kwargs.items()}
+        output = self.unet(*cast, **{**named, "return_dict": False})[0]
+        if isinstance(sample, list):
+            return ([one.to(sample[0].dtype) for one in output],)
+        return (output.to(sample.dtype),)
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self._cast(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._cast(inner) for inner in value]
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def get(self, name: str) -> dict[str, torch.Tensor]:
         """A, B of an adapter as "<layer>.lora_A.weight" and "<layer>.lora_B.weight"."""

@@ -12,10 +12,10 @@ from reflow.weights.guard import REMEDY
 WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a diffusers folder. Raises UserError that says what is wrong with the folder."""
+def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
+    """A JSON file of a diffusers folder; infinite: infinities are read too. Raises UserError that says what is wrong with the folder."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=unbounded if infinite else refused)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__} where a table {{...}} belongs")
         return found
@@ -37,3 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def refused(name: str) -> float:
     """NaN and infinities are no JSON, though Python reads and writes them."""
     raise ValueError(f"it holds {name}, which is no number")
+
+
+def unbounded(name: str) -> float:
+    """Infinities, which schedulers of diffusers have among their settings and write as Python does."""
+    return refused(name) if name == "NaN" else float(name)

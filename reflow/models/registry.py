@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflow.errors import UserError
+from reflow.models import flows
 from reflow.models.digits import BUILTIN
 from reflow.models.family import Family
 from reflow.models.folder import find_folder, load_base, read_index, refuse_options
@@ -32,6 +33,8 @@ Family.loader = staticmethod(load_base)
 register(Family("digits", ("StableDiffusionXLPipeline",), pooled=True, builtin=BUILTIN))
 register(Family("sd15", ("StableDiffusionPipeline",), pooled=False))
 register(Family("sdxl", ("StableDiffusionXLPipeline",), pooled=True))
+for flow in flows.FAMILIES:
+    register(flow)
 
 
 def family(name: str) -> Family:
@@ -66,9 +69,10 @@ def _from_file(path: Path) -> Family:
 
 
 def family_for(model: Model) -> Family:
-    """The family of a recipe's [model] section, with the null prompt that the section asks for."""
+    """The family of a recipe's [model] section, with the null prompt and the guidance input that the section asks for."""
     found = family(model.family)
-    return found if model.null_prompt == "base" else replace(found, null_prompt=model.null_prompt)
+    own = {"null_prompt": model.null_prompt, "guidance": model.guidance}
+    return found if (model.null_prompt, model.guidance) == ("base", 0.0) else replace(found, **own)
 
 
 def base_path(model: Model) -> str | Path:

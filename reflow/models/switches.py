@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 HALF = (torch.float16, torch.bfloat16)
 # Graphs of one block: its widths, image sizes and adapters, with and without gradients.
 RECOMPILES = 64
+BACKENDS = {"sdpa": "native", "flash": "_native_flash", "cudnn": "_native_cudnn", "xformers": "xformers"}
+# Blocks that repeat, of classes for which diffusers names none (SD3, Sana, Lumina2, PixArt, AuraFlow in 0.42).
+BLOCKS = ("JointTransformerBlock", "SanaTransformerBlock", "Lumina2TransformerBlock", "BasicTransformerBlock", "AuraFlowJointTransformerBlock",
+          "AuraFlowSingleTransformerBlock")  # fmt: skip
 
 
 def prepare(unet: Any, settings: Model, *, trains: bool, dtype: torch.dtype | None = None, backend: str = "") -> Any:
@@ -31,6 +35,8 @@ def prepare(unet: Any, settings: Model, *, trains: bool, dtype: torch.dtype | No
     trains: whether it has a backward pass. dtype: what it will compute in where that is not what it holds now (an
     engine casts later). backend: of torch.compile, for tests. Raises UserError for what this machine does not have.
     """
+    if settings.channels_last and not is_unet(unet):
+        raise UserError("model.channels_last lays out convolutions, and the network of this family is a transformer; write false.")
     set_attention(unet, settings.attention, trains=trains, dtype=dtype or next(unet.parameters()).dtype)
     if settings.channels_last:
         use_channels_last(unet)
@@ -39,6 +45,22 @@ def prepare(unet: Any, settings: Model, *, trains: bool, dtype: torch.dtype | No
     if settings.compile:
         compile_blocks(unet, backend or "inductor")
     return unet
+
+
+def is_unet(network: Any) -> bool:
+    """Whether it is a UNet of convolutions, and not a transformer."""
+    return hasattr(network, "conv_in")
+
+
+def set_backend(network: Any, kind: str) -> None:
+    """Attention of a transformer by diffusers' own names of kernels. Raises UserError with its reason where it has no such kernel."""
+    try:
+        network.set_attention_backend(BACKENDS[kind])
+    except Exception as error:
+        raise UserError(
+            f"model.attention = '{kind}' cannot run here for a {type(network).__name__} ({str(error).splitlines()[0]}); write 'auto', which leaves "
+            "diffusers' choice."
+        ) from error
 
 
 def head_sizes(unet: nn.Module) -> list[int]:
@@ -59,6 +81,9 @@ def set_attention(unet: Any, kind: str, *, trains: bool, dtype: torch.dtype) -> 
     if kind == "auto":
         return
     quiet_imports()
+    if not is_unet(unet):
+        set_backend(unet, kind)
+        return
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
     device = next(unet.parameters()).device
@@ -165,4 +190,6 @@ def compile_blocks(unet: Any, backend: str) -> None:
         )
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, RECOMPILES)
+    if not getattr(unet, "_repeated_blocks", None):
+        unet._repeated_blocks = sorted({type(module).__name__ for module in unet.modules()} & set(BLOCKS))
     unet.compile_repeated_blocks(fullgraph=True, backend=backend)

@@ -38,7 +38,7 @@ class Model(Section):
     """The pre-trained base: teacher of the first stage and start of the student."""
 
     family: str = "digits"
-    """`digits`, `sd15`, `sdxl`, or a .py file that registers a family."""
+    """`digits`, `sd15`, `sdxl`, `sd3`, `flux`, `sana`, `qwen-image`, `z-image`, or a .py file that registers a family."""
     base: str = "builtin"
     """A diffusers folder, hub name or single file (.safetensors, .ckpt); "builtin" is the digits model that ships."""
     tokenizer: str = ""
@@ -49,6 +49,8 @@ class Model(Section):
     """For a single file that does not say it; empty: what the file says, else epsilon."""
     null_prompt: Literal["base", "zeros", "empty"] = "base"
     """What a dropped caption and guidance's other half are: as the base's own pipeline has it, zeros, or an encoded ''."""
+    guidance: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Of a base that is told its guidance as an input (FLUX.1 dev): the number that teacher and student are told; 0: its pipeline's default."""
     student_weights: str = ""
     """Start the first student from this file instead of the base's own weights."""
     attention: Literal["auto", "sdpa", "xformers", "cudnn", "flash"] = "auto"
@@ -121,8 +123,10 @@ class Student(Section):
 
     prediction_type: Literal["ddim_eps", "ddim_v", "diff_eps", "velocity"] = "ddim_eps"
     """ddim_eps and ddim_v start as the teacher's own DDIM; diff_eps and velocity must learn the way back."""
-    network_time: Literal["index", "perflow"] = "index"
-    """The time the network is asked at: index(t) = round(1000 t) - 1, as the base was trained, or PeRFlow's 1000 t."""
+    network_time: Literal["index", "perflow", "flow"] = "index"
+    """The time the network is asked at: index(t) = round(1000 t) - 1, as the base was trained, or 1000 t, PeRFlow's and that of flow bases."""
+    shift: PositiveFloat = 1.0
+    """Of a base that is a rectified flow: windows and solver steps are even before t = a u / (1 + (a - 1) u), a the base's own shift."""
 
 
 class Teacher(Section):

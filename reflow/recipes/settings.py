@@ -42,9 +42,10 @@ def one_line(value: str) -> str:
     return value
 
 
-def uniform(count: int) -> tuple[float, ...]:
-    """Boundaries of `count` windows of equal width."""
-    return (*(1 - k / count for k in range(count)), 0.0)
+def uniform(count: int, shift: float = 1.0) -> tuple[float, ...]:
+    """Boundaries of `count` windows of equal width, before a flow's time shift."""
+    even = (*(1 - k / count for k in range(count)), 0.0)
+    return even if shift == 1.0 else tuple(shift * u / (1 + (shift - 1) * u) for u in even)
 
 
 STAGE_SECTIONS = ("teacher", "objective", "train")  # of which a stage may have keys of its own
@@ -54,9 +55,11 @@ class Stage(Section):
     """One pass of progressive reflow. Keys that a section has too override the section's value for this stage."""
 
     windows: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """How many, of equal width; a stage needs either this or `boundaries`."""
+    """How many, of equal width before `shift`; a stage needs either this or `boundaries`."""
     boundaries: tuple[float, ...] | None = None
     """Edges of the windows, falling from at most 1 (noise) to at least 0 (data)."""
+    shift: PositiveFloat | None = None
+    """This stage's own `student.shift`."""
     solver_steps: PositiveInt
     """The teacher's steps in every window."""
     samples: PositiveInt
@@ -128,13 +131,13 @@ class Stage(Section):
     @property
     def edges(self) -> tuple[float, ...]:
         """Window boundaries from t=1 (noise) down to t=0 (data)."""
-        return uniform(self.windows) if self.windows is not None else self.boundaries or ()
+        return uniform(self.windows, self.shift or 1.0) if self.windows is not None else self.boundaries or ()
 
     @property
     def solved_edges(self) -> tuple[float, ...]:
         """Boundaries of what the teacher solves: the windows, or the parts that merge into them."""
         if self.windows is not None:
-            return uniform(self.windows * 2**self.merges)
+            return uniform(self.windows * 2**self.merges, self.shift or 1.0)
         count = 2**self.merges
         return (*(a + (b - a) * i / count for a, b in itertools.pairwise(self.edges) for i in range(count)), *self.edges[-1:])
 
@@ -154,6 +157,14 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     stages: Annotated[list[Stage], Field(min_length=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _shifts(self) -> Recipe:
+        """A stage without a shift of its own has the student's: its windows follow from the stage alone."""
+        if self.student.shift != 1.0:
+            own = [stage if stage.shift is not None else stage.model_copy(update={"shift": self.student.shift}) for stage in self.stages]
+            object.__setattr__(self, "stages", own)
+        return self
 
     def of_stage(self, index: int) -> Recipe:
         """The recipe as stage `index` has it: its own values in the places of the sections'."""

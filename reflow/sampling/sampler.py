@@ -6,8 +6,9 @@ drawn in (beyond rounding), nor on the device that makes the noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from reflow.errors import UserError
 from reflow.flow import DiscreteVP, Windows, WindowSolver
 from reflow.models.conditioning import Conditioning, denoise
 from reflow.models.family import Base
+from reflow.sampling.flow import FlowWindowScheduler
 from reflow.sampling.guidance import Guidance, guidance_scales
 from reflow.sampling.piecewise import PiecewiseFlowScheduler
 from reflow_kernels import cfg_combine
@@ -48,7 +50,32 @@ def latent_shape(base: Base, resolution: Resolution = None) -> tuple[int, int, i
     return channels, rows, base.latent_shape(width)[2]
 
 
-def first_step(scheduler: PiecewiseFlowScheduler, strength: float) -> int:
+Scheduler = PiecewiseFlowScheduler | FlowWindowScheduler
+
+
+def student_scheduler(
+    config: Mapping[str, Any], windows: int | Windows, *, prediction_type: str | None = None, network_time: str | None = None
+) -> Scheduler:
+    """The scheduler of a student trained on ``windows`` of a base whose scheduler has this config; a student of a flow is known by its
+    network_time "flow"."""
+    kind = FlowWindowScheduler if network_time == "flow" else PiecewiseFlowScheduler
+    return kind.for_student(config, windows, prediction_type=prediction_type, network_time=network_time)
+
+
+def scheduler_for(
+    base: Base, windows: int | Windows, *, prediction_type: str | None = None, network_time: str | None = None
+) -> Scheduler:
+    """The scheduler of a student trained on ``windows`` of this base, which is exported with it; None means as the base has it."""
+    time = network_time if isinstance(base.schedule(), DiscreteVP) else "flow"
+    return student_scheduler(base.scheduler_config, windows, prediction_type=prediction_type, network_time=time)
+
+
+def scheduled_noise(scheduler: FlowWindowScheduler) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """diffusers' flow schedulers name their arguments in another order."""
+    return lambda clean, noise, timestep: scheduler.scale_noise(clean, timestep.to(clean.device), noise)
+
+
+def first_step(scheduler: Scheduler, strength: float) -> int:
     """The step that image to image starts with, after set_timesteps. Raises UserError where none would be left."""
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength:g}; write a number above 0 (little changes) and up to 1 (all is new).")
@@ -70,7 +97,7 @@ def sample(
     seeds: Sequence[int],
     *,
     windows: int | Windows | None = None,
-    scheduler: PiecewiseFlowScheduler | None = None,
+    scheduler: Scheduler | None = None,
     prediction_type: str | None = None,
     network_time: str | None = None,
     guidance_scale: Guidance = 1.0,
@@ -99,12 +126,10 @@ def sample(
     if (windows is None) == (scheduler is None):
         raise ValueError("sample needs either windows or a scheduler, not both")
     if scheduler is None:
-        scheduler = PiecewiseFlowScheduler.for_student(
-            base.scheduler_config, windows, prediction_type=prediction_type, network_time=network_time
-        )
+        scheduler = scheduler_for(base, windows, prediction_type=prediction_type, network_time=network_time)
     parameter = next(unet.parameters())
     split = None if isinstance(steps, int) else tuple(steps)
-    scheduler.set_timesteps(steps if isinstance(steps, int) else sum(steps), parameter.device, split)
+    scheduler.set_timesteps(steps if isinstance(steps, int) else sum(steps), parameter.device, steps_per_window=split)
     first = 0 if init is None else first_step(scheduler, strength)
     timesteps = scheduler.timesteps[first:]
     scales = guidance_scales(guidance_scale, len(timesteps))
@@ -112,10 +137,11 @@ def sample(
     def solve(z: torch.Tensor, prompt: Conditioning, null: Conditioning | None) -> torch.Tensor:
         both = null.cat(prompt) if null is not None else None
         if init is not None:
-            z = scheduler.add_noise(init.to(z).expand(z.shape), z, timesteps[:1])
+            noised = scheduler.add_noise if isinstance(scheduler, PiecewiseFlowScheduler) else scheduled_noise(scheduler)
+            z = noised(init.to(z).expand(z.shape), z, timesteps[:1])
         for timestep, scale in zip(timesteps, scales, strict=True):
             if scale > 1:
-                output = denoise(unet, torch.cat([z, z]).to(parameter.dtype), timestep.expand(2 * len(z)), both)
+                output = denoise(unet, torch.cat([z, z]).to(parameter.dtype), timestep.expand(2 * len(z)), both.guiding(scale))
                 output = cfg_combine(output.float(), scale)
             else:
                 output = denoise(unet, z.to(parameter.dtype), timestep.expand(len(z)), prompt)
@@ -164,7 +190,7 @@ def sample_teacher(
     guided = guidance_scale > 1
     try:
         solver = WindowSolver(
-            DiscreteVP.from_config(base.scheduler_config),
+            base.schedule(resolution),
             Windows.uniform(1),
             steps,
             prediction_type=base.prediction_type,
@@ -198,7 +224,9 @@ def one_window(
     solver: WindowSolver, network: nn.Module, z: torch.Tensor, prompt: Conditioning, null: Conditioning | None
 ) -> torch.Tensor:
     """z [B,C,h,w] at the end of a solver's only window; the null prompt's rows are taken where the solver is guided."""
-    rows = null.cat(prompt) if solver.guidance_scale is not None and null is not None else prompt
+    rows = prompt
+    if solver.guidance_scale is not None and null is not None:
+        rows = null.cat(prompt).guiding(solver.guidance_scale)
     window = torch.zeros(len(z), dtype=torch.long, device=z.device)
     dtype = next(network.parameters()).dtype
     return solver.solve(lambda x, timestep: denoise(network, x, timestep, rows), z, window, input_dtype=dtype)
@@ -256,5 +284,5 @@ def _encode(base: Base, prompts: list[str], resolution: Resolution) -> Condition
     encoded = base.encode_prompts(different, resolution)
     number = {prompt: i for i, prompt in enumerate(different)}
     return encoded.select(
-        torch.tensor([number[prompt] for prompt in prompts], device=encoded.encoder_hidden_states.device)
+        torch.tensor([number[prompt] for prompt in prompts], device=encoded.tensors[0].device)
     )

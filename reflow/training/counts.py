@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from reflow.models.conditioning import Conditioning, denoise
+from reflow.models.conditioning import denoise, unet_rows
+from reflow.models.family import Base
 from reflow.quiet import quiet_imports
 
 
@@ -54,7 +55,8 @@ class Fused(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not torch.nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        q, k, v = args[:3]
+        named = kwargs or {}
+        q, k, v = args[:3] if len(args) >= 3 else (named["query"], named["key"], named["value"])  # diffusers' transformers name them
         product = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
         self.forward += 2 * product
         self.backward += 5 * product
@@ -95,8 +97,9 @@ def size(storages: Mapping[int, torch.UntypedStorage]) -> int:
 
 
 def count(config: Mapping[str, Any], latent: tuple[int, ...], tokens: int, dtype: torch.dtype, *, lora: Mapping[str, Any] | None = None,
-          passes: bool = True) -> Counts:
-    """Counts of one sample through the UNet of this config.
+          passes: bool = True, base: Base | None = None) -> Counts:
+    """Counts of one sample through the UNet of this config; base: through its network, with the conditioning that its prompts have, whatever
+    config and tokens are.
 
     latent: (C, h, w). dtype: the network computes in. lora: rank and targets of an adapter that is trained instead of the UNet. The
     backward pass is taken as two forward passes (one where the UNet is frozen), attention as five products of a fused kernel.
@@ -107,17 +110,13 @@ def count(config: Mapping[str, Any], latent: tuple[int, ...], tokens: int, dtype
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config))
+        unet = UNet2DConditionModel.from_config(dict(config)) if base is None else base.hollow()
         for module in unet.modules():  # not unet.to(), which warns
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.data = parameter.data.to(dtype)
-        sample, hidden = torch.empty(1, *latent, dtype=dtype), torch.empty(1, tokens, config["cross_attention_dim"], dtype=dtype)
-        pooled = times = None
-        if config.get("addition_embed_type") == "text_time":
-            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            pooled, times = torch.empty(1, width, dtype=dtype), torch.empty(1, 6, dtype=dtype)
-        rows, timestep = Conditioning(hidden, pooled, times), torch.empty(1)
+        sample, timestep = torch.empty(1, *latent, dtype=dtype), torch.empty(1)
+        rows = unet_rows(config, tokens, dtype) if base is None else base.example(dtype)
     parameters = sum(p.numel() for p in unet.parameters())
     linear = sum(m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Linear))
     network: Any = unet

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from reflow.data import sampler
 from reflow.data.latents import LatentDataset
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP, network_time
+from reflow.flow import network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.ranks import barrier
@@ -45,7 +45,7 @@ class Loop:
         self.recipe, self.run_dir, self.base, self.data, self.device = recipe, run_dir, base, data, device
         train, world = recipe.train, dist.get_world_size()
         self.rank, self.world = dist.get_rank(), world
-        self.schedule = DiscreteVP.from_config(base.scheduler_config)
+        self.schedule = base.schedule()
         self.micro = min(train.micro_batch, train.batch_size // world)
         if not self.micro or train.batch_size % (self.micro * world):
             raise UserError(f"train.batch_size = {train.batch_size} cannot be shared by {world} ranks in micro-batches of {train.micro_batch}; "

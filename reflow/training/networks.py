@@ -154,7 +154,7 @@ class Lora(Whole):
             held[name].copy_(value)
 
     def to_save(self, averages: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return lora_state(averages, self.adapters.scale)
+        return lora_state(averages, self.adapters.scale, self.base.family.network[0])
 
 
 def build(recipe: Recipe, *args: Any) -> Whole:

@@ -59,9 +59,8 @@ def _tensors(solver: Solver) -> list[torch.Tensor]:
     """Latent and conditioning of the first and the last item."""
     found = []
     for item in (torch.tensor([0]), torch.tensor([len(solver.data) - 1])):
-        rows = solver.data.conditioning(item)
-        found += [solver.data.latent(item), rows.encoder_hidden_states, rows.text_embeds, rows.time_ids]
-    return [t for t in found if t is not None]
+        found += [solver.data.latent(item), *solver.data.conditioning(item).tensors]
+    return found
 
 
 def digest(tensors: Any) -> str:

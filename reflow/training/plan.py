@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP
 from reflow.models import registry
 from reflow.models.family import Base
+from reflow.models.shipped import shipped
 from reflow.recipes.settings import Recipe
 from reflow.training import stages
 from reflow.training.counts import Counts, count
@@ -40,7 +40,7 @@ def describe(recipe: Recipe) -> str:
                  f"backward{f', {flop(student)} with checkpointing' if again else ''}")
     whole = 0.0
     for i, stage in enumerate(recipe.stages):
-        flow = stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, torch.device("cpu"))
+        flow = stages.build(recipe, i, base.schedule(), base.prediction_type, torch.device("cpu"))
         per_sample, solves = evaluations_per_sample(recipe, i, flow)
         cost = per_sample * counts.forward + student
         whole += cost * stage.samples
@@ -139,8 +139,9 @@ def find_base(recipe: Recipe) -> tuple[Base, str]:
     else:
         prediction, folder = model.prediction_type or None, downloaded(model.base)
         if folder is None:
-            folder = Path(model.config).expanduser() if model.config else single_file.packaged(family.name)
-            note = f"note: the base {model.base} is not on this disk, so this plan uses the configs of {family.name} that ship with reflow"
+            folder = Path(model.config).expanduser() if model.config else shipped(family.name, model.base)
+            name = folder.name if folder else family.name
+            note = f"note: the base {model.base} is not on this disk, so this plan uses the configs of {name} that ship with reflow"
     if folder is None:
         raise UserError(f"The base {model.base} is not on this disk, and no configs of the family {family.name} ship with reflow; download it first, or "
                         f"write a folder with its configs as model.config.")
@@ -191,10 +192,10 @@ def counts_of(recipe: Recipe, base: Base, latent: tuple[int, int, int], passes: 
     """`count` of the recipe's student at its precision."""
     import torch
 
-    model, text = recipe.model, base.configs["text_encoder"]
+    model = recipe.model
     lora = {"rank": model.lora_rank, "targets": model.lora_targets} if model.lora_rank else None
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-    return count(base.configs["unet"], latent, text.get("max_position_embeddings", 77), dtype, lora=lora, passes=passes)
+    return count(base.network_config, latent, 0, dtype, lora=lora, passes=passes, base=base)
 
 
 def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe, int]]:

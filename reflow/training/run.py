@@ -20,7 +20,6 @@ from reflow.data.latents import LatentDataset, encode_digits
 from reflow.data.shapes import Shaped
 from reflow.data.stream import StreamDataset, stream
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP
 from reflow.locks import alone
 from reflow.models import registry
 from reflow.models.family import Base
@@ -164,7 +163,7 @@ def begin(recipe: Recipe, run_dir: pathlib.Path | None = None) -> tuple[torch.de
     base = load_base(recipe, device)
     stages.check_compatible(recipe, base.prediction_type)
     for i in range(len(recipe.stages)):
-        stages.build(recipe, i, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
+        stages.build(recipe, i, base.schedule(), base.prediction_type, device)
     how = "encoding" if recipe.data.source == "digits" else "opening"
     say(f"{how} the data ({recipe.data.source}{f': {recipe.data.path}' if recipe.data.path else ''})")
     return device, base, load_data(recipe, base)
@@ -191,7 +190,7 @@ def train(recipe: Recipe, run_dir: pathlib.Path, *, allow_config_change: bool = 
         wait_until_shared(run_dir)
         held.enter_context(pulse.Pulse(run_dir, recipe.train.rank_patience))
         start = time.monotonic()
-        whole = loop.Loop(recipe, run_dir, base, data, device, lambda: type(base.unet).from_config(base.unet.config), signals)
+        whole = loop.Loop(recipe, run_dir, base, data, device, base.new_network, signals)
         signals.join(recipe.checkpoint.minutes)
         code = whole.run()
         if dist.get_rank() == 0 and code == 0:

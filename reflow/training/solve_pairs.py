@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP
 from reflow.ranks import barrier
 from reflow.recipes.settings import Recipe
 from reflow.training import networks, pairs, run, stages
@@ -35,7 +34,7 @@ def solve(recipe: Recipe, stage: int, count: int, out: pathlib.Path, run_dir: pa
         if not weights.is_file():
             raise UserError(f"{weights} is missing: stage {stage - 1} of {run_dir} is not finished.")
     device, base, data = run.begin(recipe)
-    flow = stages.build(recipe, stage - 1, DiscreteVP.from_config(base.scheduler_config), base.prediction_type, device)
+    flow = stages.build(recipe, stage - 1, base.schedule(), base.prediction_type, device)
     if weights is not None:
         base.unet.load_state_dict(student_state(base.unet.state_dict(), weights))
     solver = Solver(recipe, flow, data, base.unet.requires_grad_(False).eval().to(device, networks.solver_dtype(recipe)), device)

@@ -53,16 +53,12 @@ class Solved:
 
     def finite(self) -> tuple[torch.Tensor, Solved]:
         """Which rows [B] can be used (see `usable`), and the same with zeros in the others; no host sync on a GPU."""
-        c = self.conditioning
-        tensors = [t for t in (self.z_start, self.z_end, c.encoder_hidden_states, c.text_embeds, c.time_ids) if t is not None]
-        good = usable(*tensors)
+        told = self.conditioning
+        good = usable(self.z_start, self.z_end, *told.tensors)
         if known_good(good):
             return good, self
 
-        def clean(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else kept(t, good)
-
-        rows = Conditioning(kept(c.encoder_hidden_states, good), clean(c.text_embeds), clean(c.time_ids))
+        rows = told.of([kept(t, good) for t in told.tensors])
         return good, Solved(kept(self.z_start, good), kept(self.z_end, good), self.window, rows)
 
 
@@ -168,14 +164,14 @@ class Solver:
     def solve(self, z: torch.Tensor, window: torch.Tensor, rows: Conditioning, backward: bool = False) -> torch.Tensor:
         """One window, in a CUDA graph where the recipe says so and the same form of batch has come before."""
         solver = self.flow.inverter if backward else self.flow.solver
-        inputs = tuple(t for t in (rows.encoder_hidden_states, rows.text_embeds, rows.time_ids) if t is not None)
+        self.told = rows
         if self.captured is not None:
-            return self.captured(solver, z, window, *inputs)
-        return solver.solve(lambda x, t: self.ask(x, t, *inputs), z, window, input_dtype=self.dtype)
+            return self.captured(solver, z, window, *rows.tensors)
+        return solver.solve(lambda x, t: self.ask(x, t, *rows.tensors), z, window, input_dtype=self.dtype)
 
     def ask(self, x: torch.Tensor, t: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """The teacher's output, with the tensors of a conditioning."""
-        return denoise(self.teacher, x, t, Conditioning(*inputs))
+        """The teacher's output, with the tensors of a conditioning of the names that the last solve had."""
+        return denoise(self.teacher, x, t, self.told.of(inputs))
 
     def trajectories(self, begin: torch.Tensor, rows: list[int], windows: list[int], taught: Conditioning, items: torch.Tensor,
                      backward: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,8 +198,9 @@ class Solver:
 
     def teacher_rows(self, conditioning: Conditioning, items: torch.Tensor) -> Conditioning:
         """Conditioning of the teacher's rows in its dtype; with guidance the items' null rows come first."""
-        if self.flow.solver.guidance_scale is not None:
-            conditioning = self.data.null_rows(items).to(self.device, torch.float32).cat(conditioning)
+        scale = self.flow.solver.guidance_scale
+        if scale is not None:
+            conditioning = self.data.null_rows(items).to(self.device, torch.float32).cat(conditioning).guiding(scale)
         return conditioning.to(self.device, self.dtype)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from reflow.errors import UserError
-from reflow.flow import ChordTable, DiscreteVP, Merger, Windows, WindowSolver
+from reflow.flow import ChordTable, Merger, Rectified, Schedule, Windows, WindowSolver
 from reflow.flow.merging import ends
 from reflow.recipes.settings import Recipe, Stage
 
@@ -54,9 +54,11 @@ def trained(stage: Stage) -> tuple[int, ...]:
     return parts.half(stage.half)
 
 
-def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str, device: torch.device) -> StageFlow:
+def build(recipe: Recipe, index: int, schedule: Schedule, prediction_type: str, device: torch.device) -> StageFlow:
     """Tables and solver of stage `index`. prediction_type: the base model's, in diffusers' names. Raises UserError with the stage's key."""
     recipe, stage = recipe.of_stage(index), recipe.stages[index]
+    if isinstance(schedule, Rectified):
+        schedule = Rectified(stage.shift or recipe.student.shift)
     guidance = None if recipe.teacher.guidance_scale == 1.0 else recipe.teacher.guidance_scale
     try:
         windows, parts = windows_of(stage), parts_of(stage)
@@ -82,6 +84,15 @@ def build(recipe: Recipe, index: int, schedule: DiscreteVP, prediction_type: str
 def check_compatible(recipe: Recipe, prediction_type: str) -> None:
     """Refuse a student whose parameterisation the base's output cannot start from."""
     wanted = {"ddim_eps": "epsilon", "diff_eps": "epsilon", "ddim_v": "v_prediction"}.get(recipe.student.prediction_type)
+    if prediction_type == "velocity":
+        wrong = next((f"student.{key} = '{value}'" for key, value, right in (
+            ("prediction_type", recipe.student.prediction_type, "velocity"), ("network_time", recipe.student.network_time, "flow")) if value != right), None)
+        if wrong:
+            raise UserError(f"{wrong} does not fit this base, which is a rectified flow; write student.prediction_type = 'velocity' and "
+                            f"student.network_time = 'flow'.")
+        return
+    if recipe.student.shift != 1.0 or recipe.student.network_time == "flow":
+        raise UserError("student.shift and student.network_time = 'flow' are of bases that are rectified flows, and this base is none; leave them out.")
     if wanted and wanted != prediction_type:
         fitting = {"epsilon": "ddim_eps", "v_prediction": "ddim_v"}.get(prediction_type, "velocity")
         raise UserError(f"student.prediction_type = '{recipe.student.prediction_type}' needs a base with prediction_type '{wanted}', "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from reflow.data import sampler
 from reflow.errors import UserError
-from reflow.flow import DiscreteVP, WindowSolver, network_time
+from reflow.flow import WindowSolver, network_time
 from reflow.models.conditioning import denoise
 from reflow.models.family import Base
 from reflow.ranks import barrier
@@ -39,7 +39,7 @@ class Validation:
                  run_dir: pathlib.Path, log: Log) -> None:
         self.recipe, self.flow, self.base, self.root, self.solver, self.log = recipe, flow, base, root, solver, log
         self.folder, self.device = run_dir / "validation", solver.device
-        self.schedule = DiscreteVP.from_config(base.scheduler_config)
+        self.schedule = base.schedule()
         settings, data = recipe.validate_, solver.data
         if settings.prompts:
             pixels = tuple(side * base.vae_scale_factor for side in data.shape[1:])
@@ -85,7 +85,8 @@ class Validation:
             off = float((self.student_samples(student, steps, 1.0).latents - own).norm() / own.norm())
             self.log.write("start", total, {"stage": self.flow.index, "steps": steps, "distance_to_own_ddim": off})
             tolerance = START_TOLERANCE if whole else START_TOLERANCE_HALF
-            exact = kind.startswith("ddim") and self.recipe.student.network_time == "index"
+            # A flow's velocity student is the base itself, whose own sampler is Euler.
+            exact = self.base.prediction_type == "velocity" or (kind.startswith("ddim") and self.recipe.student.network_time == "index")
             if not exact:
                 print(f"Stage {self.flow.index + 1}: the untrained {kind} student starts {off:.3g} (relative) away from its network's own "
                       f"{steps}-step DDIM; it must first learn that back.", flush=True)

@@ -1,6 +1,7 @@
 """LoRA files of students: diffusers' own format, and what reads one where a whole student's weights are wanted.
 
-Keys are "unet.<layer>.lora_A.weight" and "...lora_B.weight", as `pipe.load_lora_weights` takes them. alpha / rank is
+Keys are "unet.<layer>.lora_A.weight" and "...lora_B.weight", of a transformer "transformer.<layer>...", as
+`pipe.load_lora_weights` takes them. alpha / rank is
 in B, so that the file's scale is 1 for every reader.
 """
 
@@ -20,6 +21,7 @@ from reflow.weights.runs import stage_folder
 
 WHOLE_FILE, LORA_FILE = "unet_ema.safetensors", "lora_ema.safetensors"
 PREFIX, (A, B) = "unet.", PARTS
+PREFIXES = (PREFIX, "transformer.")  # of what diffusers loads into a pipeline's unet or transformer
 
 
 def stage_file(run_dir: Path, stage: int) -> Path:
@@ -29,12 +31,12 @@ def stage_file(run_dir: Path, stage: int) -> Path:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a .safetensors file holds LoRA weights for a UNet."""
+    """Whether a .safetensors file holds LoRA weights for a UNet or a transformer."""
     if not Path(path).is_file():
         return False
     with opened(path) as file:
         keys = list(file.keys())
-    return bool(keys) and all(key.startswith(PREFIX) and key.endswith((A, B)) for key in keys)
+    return bool(keys) and all(key.startswith(PREFIXES) and key.endswith((A, B)) for key in keys)
 
 
 def read_lora(path: str | Path) -> dict[str, torch.Tensor]:
@@ -48,21 +50,28 @@ def read_lora(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def lora_state(adapter: State, scale: float) -> dict[str, torch.Tensor]:
-    """An adapter's own state ("<layer>.lora_A.weight") as a file has it; scale is its alpha / rank."""
-    return {PREFIX + key: tensor * scale if key.endswith(B) else tensor for key, tensor in adapter.items()}
+def bare(key: str) -> str:
+    """A file's key without the part of the pipeline that it is for."""
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def lora_state(adapter: State, scale: float, part: str = "unet") -> dict[str, torch.Tensor]:
+    """An adapter's own state ("<layer>.lora_A.weight") as a file has it; scale is its alpha / rank, part what it is of."""
+    return {f"{part}.{key}": tensor * scale if key.endswith(B) else tensor for key, tensor in adapter.items()}
 
 
 def adapter_state(state: State, scale: float) -> dict[str, torch.Tensor]:
     """The inverse of `lora_state`."""
-    return {key.removeprefix(PREFIX): tensor / scale if key.endswith(B) else tensor for key, tensor in state.items()}
+    return {bare(key): tensor / scale if key.endswith(B) else tensor for key, tensor in state.items()}
 
 
 def merge_lora(base: State, lora: State) -> dict[str, torch.Tensor]:
     """W + B A per target layer in fp32, the other weights as they are. Raises UserError where a layer does not fit."""
     merged, wrong = dict(base), []
     for key in (k for k in lora if k.endswith(A)):
-        name = key.removeprefix(PREFIX).removesuffix(A) + ".weight"
+        name = bare(key).removesuffix(A) + ".weight"
         down, up, weight = lora[key], lora.get(key.removesuffix(A) + B), base.get(name)
         if (
             up is None

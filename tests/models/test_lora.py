@@ -49,18 +49,18 @@ def test_without_an_adapter_the_network_is_the_base(family, dtype):
     adapters = Adapters(unet, 4, MIXED, names=(STUDENT, TEACHER, AVERAGE))
     with torch.no_grad():
         base = plainly(plain, *args)
-        torch.testing.assert_close(Student(adapters)(*args)[0], base, **near)  # fresh: B is 0
+        torch.testing.assert_close(Student(adapters)(*args[:3], added_cond_kwargs=args[3])[0], base, **near)  # fresh: B is 0
         adapters.put(STUDENT, filled(adapters))
         adapters.put(AVERAGE, filled(adapters))
         adapters.put(TEACHER, filled(adapters, seed=5), dtype)
-        student = Student(adapters)(*args)[0]
-        torch.testing.assert_close(View(adapters)(*args)[0], base, **near)
+        student = Student(adapters)(*args[:3], added_cond_kwargs=args[3])[0]
+        torch.testing.assert_close(View(adapters)(*args[:3], added_cond_kwargs=args[3])[0], base, **near)
         assert (student - base).abs().max() > 3 * near["atol"]
-        torch.testing.assert_close(View(adapters, AVERAGE)(*args)[0], student, **near)
-        assert (View(adapters, TEACHER)(*args)[0] - student).abs().max() > 3 * near["atol"]
+        torch.testing.assert_close(View(adapters, AVERAGE)(*args[:3], added_cond_kwargs=args[3])[0], student, **near)
+        assert (View(adapters, TEACHER)(*args[:3], added_cond_kwargs=args[3])[0] - student).abs().max() > 3 * near["atol"]
         with pytest.raises(ZeroDivisionError), adapters.active():
             raise ZeroDivisionError
-        torch.testing.assert_close(Student(adapters)(*args)[0], student, **near)
+        torch.testing.assert_close(Student(adapters)(*args[:3], added_cond_kwargs=args[3])[0], student, **near)
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items() if ".lora_" not in name}
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())
 
@@ -77,7 +77,7 @@ def test_a_bf16_base_with_fp32_adapters_computes_what_the_sum_of_their_weights_d
         a, b = (state[f"{path}.lora_{x}.weight"] for x in "AB")
         modules[path].weight.data += 8 / 4 * (b.flatten(1) @ a.flatten(1)).view(modules[path].weight.shape)
     with torch.no_grad():
-        want, got = plainly(exact, *args), Student(adapters)(*args)[0]
+        want, got = plainly(exact, *args), Student(adapters)(*args[:3], added_cond_kwargs=args[3])[0]
         off = plainly(unet_of(family), *args)
     assert got.dtype == torch.float32
     assert (got - want).norm() < 0.03 * want.norm() < (off - want).norm()
@@ -95,9 +95,9 @@ def test_gradients_reach_the_student_alone_and_checkpointing_with_a_teacher_in_b
         student = Student(adapters)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        output = student(*args)[0]
+        output = student(*args[:3], added_cond_kwargs=args[3])[0]
         with torch.no_grad():
-            View(adapters, TEACHER)(*args)
+            View(adapters, TEACHER)(*args[:3], added_cond_kwargs=args[3])
         output.square().mean().backward()
         trained = dict(student.named_parameters())
         assert set(trained) == set(adapters.get(STUDENT)) and all(p.grad.abs().sum() > 0 for p in trained.values())

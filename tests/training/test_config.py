@@ -97,13 +97,13 @@ def test_the_switch_of_older_recipes_is_the_default_share(tmp_path, old, share):
         load(tmp_path, recipe_text(), ["train.ema_warmup=1.5"])
 
 
-@pytest.mark.parametrize("name", [n for n in reading.available() if n.startswith(("sd15", "sdxl"))])
+@pytest.mark.parametrize("name", [n for n in reading.available() if not n.startswith("digits")])
 def test_what_a_recipe_says_of_cards_is_a_recipe(name):
     """Each line of the table at the top, as --set would take it."""
     text = (pathlib.Path(reading.__file__).parent / f"{name}.toml").read_text()
     rows = re.findall(r"^# +\d+ GB.*/s +(.+)$", text, re.M)
     known = {key: section for section in ("model", "train") for key in reading.load(name).resolved()[section]}
-    assert len(rows) >= 4
+    assert len(rows) >= (4 if name.startswith(("sd15", "sdxl")) else 2)
     for row in rows:
         pairs = [] if row == "as it is" else [part.split(" = ") for part in row.split(", ")]
         reading.load(name, [f"{known[key]}.{key}={value}" for key, value in pairs])

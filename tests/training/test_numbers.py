@@ -1,6 +1,5 @@
 """Numbers that are none, or too large, wherever they come in: the sample or the step is left out and counted, or the run stops, by recipe."""
 
-import dataclasses
 import json
 import math
 
@@ -45,7 +44,7 @@ def in_embedding(monkeypatch, value):
     def spoil(solved, row, value):
         states = solved.conditioning.encoder_hidden_states.clone()
         states[row, 1] = value
-        solved.conditioning = dataclasses.replace(solved.conditioning, encoder_hidden_states=states)
+        solved.conditioning = solved.conditioning.with_rows(encoder_hidden_states=states)
 
     in_solved(monkeypatch, value, spoil)
 

@@ -17,8 +17,9 @@ import tiny
 import watch
 from reflow.data import latents
 from reflow.errors import UserError
+from reflow.flow import DiscreteVP
 from reflow.recipes import reading
-from reflow.training import engine, loop, optimizers, run
+from reflow.training import engine, loop, optimizers, run, validation
 from reflow_kernels import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -112,8 +113,9 @@ def test_half_straightening_trains_only_its_windows(tmp_path):
 
 def test_a_student_that_does_not_start_as_its_teacher_is_refused(tmp_path, monkeypatch):
     # The wrong wiring: windows read with the coefficients of another schedule.
-    wrong = type("Wrong", (), {"from_config": staticmethod(lambda cfg: loop.DiscreteVP.from_config({**cfg, "beta_end": 0.02}))})
-    monkeypatch.setattr("reflow.training.validation.DiscreteVP", wrong)
+    right = validation.WindowSolver
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.02}
+    monkeypatch.setattr(validation, "WindowSolver", lambda schedule, *args, **kwargs: right(DiscreteVP.from_config(betas), *args, **kwargs))
     with pytest.raises(UserError, match="differs from its network's own 4-step DDIM"):
         run.train(tiny.recipe(tmp_path), tmp_path / "run")
     assert not list((tmp_path / "run").glob("stage-*/*.safetensors"))

@@ -102,7 +102,7 @@ class DigitsBed:
     def of_student(self, spec: Student, store: Store, per_window: Sequence[int], *, guidance: float | None = None,
                    flow: float | None = None) -> dict[str, dict[str, float]]:  # fmt: skip
         """{steps in all: numbers}. guidance: of the student's own steps; flow: of the fine solve it is compared with."""
-        unet, windows = type(self.base.unet).from_config(self.base.unet.config), spec.stages[-1].edges
+        unet, windows = self.base.new_network(), spec.stages[-1].edges
         unet.load_state_dict(weights(spec, store))
         found = {}
         for n in per_window:

@@ -1,0 +1,165 @@
+"""The diffusers scheduler of a windowed student whose base is a rectified flow: Euler steps from boundary to boundary.
+
+diffusers' own FlowMatchEulerDiscreteScheduler, called with a number of steps alone, shifts a grid twice that was shifted already and spends
+its last step at almost no noise (diffusers #13243): a student of evenly shifted windows then ends a third off. Here a call with a number of
+steps is right by itself. Time runs from t=1 (noise) to t=0 (data), and t is the noise level sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+
+from reflow.errors import quote
+from reflow.flow.schedule import shifted
+from reflow.flow.windows import Windows
+from reflow.sampling.piecewise import StepsError
+
+# What of a base's scheduler config its student's has too: img2img of some pipelines reads them.
+OF_BASE = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
+           "time_shift_type")  # fmt: skip
+
+
+class FlowWindowScheduler(FlowMatchEulerDiscreteScheduler):
+    """Few-step sampling of a flow network trained on K time windows: N steps, N // K in each window, one more in the noisiest N mod K.
+
+    Config keys beyond diffusers' own: ``window_boundaries``, K+1 descending times from 1 to 0 (None: ``num_time_windows`` even ones before
+    ``shift``); ``steps_per_window``, K numbers, where steps are not to be spread evenly; ``prediction_type`` is "velocity" and
+    ``network_time`` "flow" (1000 t), as the base's. The default ``sigmas`` that pipelines such as FLUX's pass (1 to 1/N, evenly) mean N steps;
+    other ``sigmas`` are taken as they are, without a shift. Raises StepsError for settings that cannot work.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: str = "exponential",
+        num_time_windows: int = 4,
+        window_boundaries: Sequence[float] | None = None,
+        steps_per_window: Sequence[int] | None = None,
+        prediction_type: str = "velocity",
+        network_time: str = "flow",
+    ) -> None:
+        super().__init__(
+            num_train_timesteps=num_train_timesteps, shift=shift, use_dynamic_shifting=use_dynamic_shifting, base_shift=base_shift,
+            max_shift=max_shift, base_image_seq_len=base_image_seq_len, max_image_seq_len=max_image_seq_len, time_shift_type=time_shift_type,
+        )  # fmt: skip
+        if prediction_type != "velocity" or network_time != "flow":
+            raise StepsError(
+                f"FlowWindowScheduler: prediction_type is {quote(prediction_type)} and network_time {quote(network_time)}; a student of a flow "
+                "has 'velocity' and 'flow'."
+            )
+        try:
+            if window_boundaries is None:
+                self.windows = Windows.shifted(num_time_windows, shift)
+            else:
+                self.windows = Windows(tuple(float(t) for t in window_boundaries))
+        except (ValueError, TypeError, OverflowError) as error:  # a config's values may be of any type
+            raise StepsError(f"FlowWindowScheduler: {error}") from error
+        if steps_per_window is not None:
+            steps_per_window = self._split(steps_per_window)
+        self.register_to_config(
+            num_time_windows=len(self.windows), window_boundaries=list(self.windows.boundaries), steps_per_window=steps_per_window,
+            prediction_type=prediction_type, network_time=network_time,
+        )  # fmt: skip
+
+    @classmethod
+    def for_student(
+        cls,
+        scheduler_config: Mapping[str, Any],
+        windows: int | Windows,
+        *,
+        prediction_type: str | None = None,
+        network_time: str | None = None,
+        shift: float | None = None,
+    ) -> FlowWindowScheduler:
+        """The scheduler of a student trained on ``windows`` of the base whose scheduler has this config: the windows, or their number, even
+        before ``shift`` (None: the config's)."""
+        kept = {key: scheduler_config[key] for key in OF_BASE if scheduler_config.get(key) is not None}
+        if shift is not None:
+            kept["shift"] = shift
+        boundaries = windows.boundaries if isinstance(windows, Windows) else Windows.shifted(windows, kept.get("shift", 1.0)).boundaries
+        given = {"prediction_type": prediction_type, "network_time": network_time}
+        return cls(**kept, window_boundaries=list(boundaries), **{key: value for key, value in given.items() if value is not None})
+
+    def _split(self, steps: Sequence[int]) -> list[int]:
+        counts = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
+        if len(counts) != len(self.windows) or not all(type(n) is int and n > 0 for n in counts):
+            count = len(self.windows)
+            raise StepsError(
+                f"FlowWindowScheduler: steps_per_window is {quote(steps)}; give {count} whole numbers of at least 1, one for each of the {count} "
+                "windows from noise to data."
+            )
+        return counts
+
+    def counts(self, steps: int, split: Sequence[int] | None = None) -> list[int]:
+        """Steps in each window, from noise to data, of ``steps`` in all: evenly, or by ``split`` or the config's steps_per_window, whose
+        sum they then must be."""
+        split = self.config.steps_per_window if split is None else self._split(split)
+        if split is None:
+            count = len(self.windows)
+            return [steps // count + (k < steps % count) for k in range(count)]
+        if sum(split) != steps:
+            raise StepsError(
+                f"num_inference_steps={steps} does not fit steps_per_window={list(split)}, which are {sum(split)} steps: use "
+                f"num_inference_steps={sum(split)}, or set another steps_per_window (None spreads steps evenly)."
+            )
+        return list(split)
+
+    def grid(self, steps: int, split: Sequence[int] | None = None) -> list[float]:
+        """The noise levels that ``steps`` steps start at, from 1 down; the last step ends at the last boundary."""
+        if steps < len(self.windows):
+            raise StepsError(
+                f"num_inference_steps={steps} is fewer than the {len(self.windows)} windows of this student, and every window needs a step: use "
+                f"num_inference_steps={len(self.windows)} or more, or a student trained on fewer windows."
+            )
+        shift, times = self.config.shift, []
+        for start, end, count in zip(self.windows.t_start, self.windows.t_end, self.counts(steps, split), strict=True):
+            first, last = shifted(start, 1 / shift), shifted(end, 1 / shift)
+            times += [start, *(shifted(first + (last - first) * i / count, shift) for i in range(1, count))]
+        return times
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        steps_per_window: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """As in diffusers. ``mu``, which pipelines take from the image's size, is not needed: the windows are as they were trained."""
+        if timesteps is not None:
+            raise StepsError("FlowWindowScheduler takes no timesteps of your own; give num_inference_steps, or sigmas from noise to data.")
+        if sigmas is not None:
+            given = np.asarray(sigmas, dtype=np.float64)
+            default = np.linspace(1.0, 1.0 / len(given), len(given))
+            if np.abs(given - default).max() < 1e-6:
+                num_inference_steps, sigmas = len(given), None
+        if sigmas is None:
+            if num_inference_steps is None:
+                raise StepsError("FlowWindowScheduler needs num_inference_steps, or sigmas from noise to data.")
+            levels = [*self.grid(num_inference_steps, steps_per_window), self.windows.t_end[-1]]
+        else:
+            levels = [*(float(level) for level in sigmas), 0.0]
+            if any(a <= b for a, b in zip(levels, levels[1:], strict=False)):
+                raise StepsError(f"sigmas are {quote(list(sigmas))}; they must fall from at most 1 (noise) and stay above 0.")
+        self.num_inference_steps = len(levels) - 1
+        self.sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self._step_index = self._begin_index = None
+
+
+# model_index.json of a saved pipeline names this module, which also holds SchedulerMixin.
+FlowWindowScheduler.__module__ = "reflow.sampling"
