@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         from reflow.evaluation.runs import open_run
 
         run = open_run(args.run_dir)
-        if run.recipe.model.family == "digits" and not args.protocol:
+        if run.recipe.model.family in ("digits", "digits-flow") and not args.protocol:
             return digits(args, run)
         return comparing.of_run(args, run)
     return comparing.of_pipelines(args, compared.filled(models))

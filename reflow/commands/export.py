@@ -90,10 +90,14 @@ def write(args: argparse.Namespace) -> pathlib.Path:
     base = family_for(recipe.model).load(base_path(recipe.model), parts=())
     says["base_prediction_type"] = base.prediction_type
     card = card_of(folder, recipe, weights)
+    if base.prediction_type == "velocity":  # pipelines of flows name their guidance in different ways
+        card["call"] = base.pipeline_call(recipe.validate_.guidance_scale)
     count = len(settings["windows"])
     which = f"stage {stage} of {len(recipe.stages)}, {count} window{'s' * (count != 1)}"
     if args.format.startswith("lora"):
-        kohya = base.configs["unet"] if args.format == "lora-kohya" else None
+        kohya = base.network_config if args.format == "lora-kohya" else None
+        if kohya is not None and base.prediction_type == "velocity":
+            raise UserError("--format lora-kohya is kohya's spelling for UNets; ComfyUI reads a transformer's LoRA in diffusers' own: write lora.")
         path = export_lora(weights, args.out, dtype=args.dtype or "fp32", kohya=kohya, metadata=says)
         write_card(args.format, path, base.scheduler_config, settings, card)
         print(f"LoRA of {recipe.name} ({which}) for {recipe.model.base}: {path}")
@@ -107,6 +111,8 @@ def write(args: argparse.Namespace) -> pathlib.Path:
         print(f"Delta weights of {recipe.name} ({which}) against {recipe.model.base}: {path}")
         return path
     if args.format == "single-file":
+        if base.prediction_type == "velocity":
+            raise UserError("--format single-file writes SD1.5 and SDXL checkpoints; for a student of a flow write diffusers, delta or lora.")
         scheduler = PiecewiseFlowScheduler.for_student(base.scheduler_config, **settings)
         guidance = recipe.validate_.guidance_scale
         told = dict(metadata=says, scheduler=scheduler, guidance=guidance)
@@ -129,10 +135,14 @@ def write(args: argparse.Namespace) -> pathlib.Path:
 def lora_scheduler(config: Any, settings: dict[str, Any]) -> str:
     """What to write in diffusers, so that a pipeline of the base samples with the LoRA as it was trained."""
     from reflow.export import stock_scheduler
-    from reflow.sampling import PiecewiseFlowScheduler
+    from reflow.export.card import scheduler_code
+    from reflow.sampling import student_scheduler
 
     windows = len(settings["windows"])
-    if stock_scheduler(PiecewiseFlowScheduler.for_student(config, **settings))[0] is not None:
+    scheduler = student_scheduler(config, **settings)
+    if settings["network_time"] == "flow":
+        return f"scheduler: reflow.sampling.{scheduler_code(scheduler, False)}"
+    if stock_scheduler(scheduler)[0] is not None:
         return (
             f"scheduler, for exactly {windows} steps: DDIMScheduler.from_config(pipe.scheduler.config, "
             'clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")'
@@ -149,9 +159,9 @@ def lora_elsewhere(config: Any, settings: dict[str, Any], format: str, guidance:
     from reflow.export import stock_scheduler
     from reflow.export.card import OTHER_LORA
     from reflow.export.spec import other_programs
-    from reflow.sampling import PiecewiseFlowScheduler
+    from reflow.sampling import student_scheduler
 
-    scheduler = PiecewiseFlowScheduler.for_student(config, **settings)
+    scheduler = student_scheduler(config, **settings)
     stock = stock_scheduler(scheduler)[0] is not None
     if format == "lora" and stock:
         return f"ComfyUI, AUTOMATIC1111: {OTHER_LORA}"
@@ -167,9 +177,9 @@ def write_card(kind: str, path: pathlib.Path, config: Any, settings: dict[str, A
     """Write the card of a file; ``config`` is the base's scheduler config, ``settings`` how the student is read."""
     from reflow.export import stock_scheduler
     from reflow.export.card import model_card
-    from reflow.sampling import PiecewiseFlowScheduler
+    from reflow.sampling import student_scheduler
 
-    scheduler = PiecewiseFlowScheduler.for_student(config, **settings)
+    scheduler = student_scheduler(config, **settings)
     stock, reason = stock_scheduler(scheduler)
     text = model_card(
         card, name=path.name, scheduler=scheduler, steps=None, stock=stock is not None, reason=reason, kind=kind
@@ -181,8 +191,8 @@ def write_card(kind: str, path: pathlib.Path, config: Any, settings: dict[str, A
 def scheduler_line(done: Any) -> str:
     """Which scheduler an exported folder carries, and why."""
     if done.stock:
-        return f"scheduler: DDIMScheduler, so it needs no package of ours. {done.reason}"
-    return f"scheduler: PiecewiseFlowScheduler, so `import reflow.sampling` before loading it. {done.reason}"
+        return f"scheduler: {done.scheduler}, so it needs no package of ours. {done.reason}"
+    return f"scheduler: {done.scheduler}, so `import reflow.sampling` before loading it. {done.reason}"
 
 
 def card_of(folder: pathlib.Path, recipe: Recipe, weights: pathlib.Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def image_size(args: argparse.Namespace, base: Any, picture: Any) -> tuple[int, 
     if args.width is None and args.height is None:
         if picture is None:
             return None
-        cell = base.vae_scale_factor * 2 ** (len(base.configs["unet"]["block_out_channels"]) - 1)
+        cell = base.cell
         return max(picture.height // cell, 1) * cell, max(picture.width // cell, 1) * cell
     own = base.resolution
     return args.height or own, args.width or own

@@ -19,7 +19,7 @@ from reflow.commands.common import (
 from reflow.errors import UserError
 
 TEACHER_STEPS = 32
-SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler")
+SCHEDULERS = ("PiecewiseFlowScheduler", "PeRFlowScheduler", "FlowWindowScheduler")
 
 
 @dataclass
@@ -59,7 +59,7 @@ def find_source(args: argparse.Namespace) -> Source:
             return Source(*base, None, {}, f"base of {recipe.name}")
         return Source(*base, weights, reading_of(weights, recipe), f"{recipe.name}, stage {stage_of(weights)}")
     found, folder = family_of(args.model, **single_file_options(args))
-    files = weight_files(folder / "unet")
+    files = weight_files(folder / found.network[0])
     settings = student_settings(files[0]) if files else {}
     if given:
         from reflow.sampling import contradiction
@@ -85,13 +85,14 @@ def refused_reading(given: dict[str, Any], where: str) -> UserError:
 def refuse_contradiction(source: Source, config: Any) -> None:
     """Raises UserError where the scheduler of a student's folder is not that of its weights, which say themselves how
     they are sampled: the images would be wrong, with no other sign."""
-    from reflow.sampling import PiecewiseFlowScheduler, contradiction
+    from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler, contradiction
 
     told, says = [], source.settings
     if contradiction(config.get("prediction_type"), says["prediction_type"]):
         told.append(("prediction_type", config["prediction_type"], says["prediction_type"]))
     if config.get("_class_name") in SCHEDULERS:
-        other = PiecewiseFlowScheduler.from_config(config)
+        kind = FlowWindowScheduler if config["_class_name"] == "FlowWindowScheduler" else PiecewiseFlowScheduler
+        other = kind.from_config(config)
         if other.config.prediction_type != says["prediction_type"]:
             told.append(("prediction_type", other.config.prediction_type, says["prediction_type"]))
         if other.windows != says["windows"]:
@@ -108,12 +109,14 @@ def refuse_contradiction(source: Source, config: Any) -> None:
 def student_scheduler(source: Source, config: Any, counts: tuple[int, ...] | None) -> tuple[Any, int]:
     """(the student's scheduler or None for a base, steps in all); counts are those of --steps. Raises UserError where they do not
     fit the windows."""
-    from reflow.sampling import PiecewiseFlowScheduler
+    from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler, student_scheduler
 
     if source.settings:
         if source.weights is None:
             refuse_contradiction(source, config)
-        scheduler = PiecewiseFlowScheduler.for_student(config, **source.settings)
+        scheduler: Any = student_scheduler(config, **source.settings)
+    elif config.get("_class_name") == "FlowWindowScheduler":
+        scheduler = FlowWindowScheduler.from_config(config)
     elif config.get("_class_name") in SCHEDULERS:
         scheduler = PiecewiseFlowScheduler.from_config(config)
     else:

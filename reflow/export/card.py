@@ -10,7 +10,8 @@ from typing import Any
 
 from reflow.export.spec import PAGE, other_programs
 from reflow.export.stock import BETA_KEYS, STOCK_TYPES
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.sampling import FlowWindowScheduler
+from reflow.sampling.sampler import Scheduler
 
 SECTIONS = ("recipe", "data", "steps", "guidance", "evaluation")
 
@@ -46,6 +47,8 @@ def _body(value: Any) -> str:
 
 
 def _guidance_argument(card: Mapping[str, Any]) -> str:
+    if "call" in card:
+        return "".join(f", {name}={value:g}" if isinstance(value, float) else f", {name}={value!r}" for name, value in card["call"].items())
     value = card.get("guidance")
     if isinstance(value, Mapping):
         value = value.get("guidance_scale")
@@ -64,10 +67,12 @@ OTHER_LORA = (
 IMPORTED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
-def scheduler_code(scheduler: PiecewiseFlowScheduler, stock: bool) -> str:
+def scheduler_code(scheduler: Scheduler, stock: bool) -> str:
     """A Python expression that makes the student's scheduler for any pipeline of its base: stock DDIM where that is
-    exact (``stock``, for one step a window), else ours."""
+    exact (``stock``, for one step a window), else ours; of a flow always ours, which is right for every pipeline."""
     config = scheduler.config
+    if isinstance(scheduler, FlowWindowScheduler):
+        return f"FlowWindowScheduler(shift={config.shift:g}, window_boundaries={tuple(scheduler.windows.boundaries)})"
     betas = ", ".join(f"{key}={config[key]!r}" for key in BETA_KEYS if config[key] not in (None, False))
     if stock:
         return f'DDIMScheduler({betas}, prediction_type="{STOCK_TYPES[config.prediction_type]}", {DDIM})'
@@ -87,14 +92,17 @@ def _call(steps: int, card: Mapping[str, Any]) -> str:
 
 
 def _use_folder(
-    card: Mapping[str, Any], name: str, count: int, steps: int, stock: bool, reason: str, dtype: str
+    card: Mapping[str, Any], name: str, scheduler: Scheduler, steps: int, stock: bool, reason: str, dtype: str
 ) -> list[str]:
+    count, ours = len(scheduler.windows), type(scheduler).__name__
+    flow = isinstance(scheduler, FlowWindowScheduler)
+    own = scheduler_code(scheduler, False) if flow else f"{ours}.from_config(pipe.scheduler.config, num_time_windows={count})"
     imports = [] if stock else ["import reflow.sampling  # the scheduler's class"]
     load = f'pipe = DiffusionPipeline.from_pretrained("{name}")'
     lines = _python("from diffusers import DiffusionPipeline", *imports, "", load, _call(steps, card))
     if dtype in HALVES:
         lines += [
-            f"The UNet is stored in {dtype}, under the names of whole weights: write `torch_dtype={HALVES[dtype]}` "
+            f"The {'transformer' if flow else 'UNet'} is stored in {dtype}, under the names of whole weights: write `torch_dtype={HALVES[dtype]}` "
             "where from_pretrained loads it, to run in that, and leave `variant` out.",
             "",
         ]
@@ -105,24 +113,36 @@ def _use_folder(
             "reflow and write:",
             "",
             *_python(
-                "from reflow.sampling import PiecewiseFlowScheduler",
+                f"from reflow.sampling import {ours}",
                 "",
-                f"pipe.scheduler = PiecewiseFlowScheduler.from_config(pipe.scheduler.config, num_time_windows={count})",
+                f"pipe.scheduler = {own}",
             ),
         ]
     return [
         *lines,
-        f"The folder carries reflow's PiecewiseFlowScheduler, because {reason}. Use {count} steps or more.",
+        f"The folder carries reflow's {ours}, because {reason}. Use {count} steps or more.",
+        "",
+        *(_sigmas(scheduler) if flow else ()),
+    ]
+
+
+def _sigmas(scheduler: Any) -> list[str]:
+    """How to sample a flow's student without this package: by its noise levels, where the pipeline takes them."""
+    levels = ", ".join(f"{level:.6g}" for level in scheduler.windows.t_start)
+    return [
+        f"Without reflow, where the pipeline takes `sigmas`: they are {levels}, written before the scheduler's own shift; with "
+        f"`FlowMatchEulerDiscreteScheduler(shift=1.0)` pass `sigmas=[{levels}]`.",
         "",
     ]
 
 
 def _use_file(
-    kind: str, card: Mapping[str, Any], name: str, scheduler: PiecewiseFlowScheduler, steps: int, stock: bool
+    kind: str, card: Mapping[str, Any], name: str, scheduler: Scheduler, steps: int, stock: bool
 ) -> list[str]:
     """How a single file, a delta or a LoRA is used; ``name`` is the file's."""
     base = card.get("base", "the base")
-    where = "from diffusers import DDIMScheduler" if stock else "from reflow.sampling import PiecewiseFlowScheduler"
+    ours = f"from reflow.sampling import {type(scheduler).__name__}"
+    where = "from diffusers import DDIMScheduler" if stock and not isinstance(scheduler, FlowWindowScheduler) else ours
     set_scheduler = f"pipe.scheduler = {scheduler_code(scheduler, stock)}"
     guidance = card.get("guidance", 1.0)
     scale = guidance.get("guidance_scale", 1.0) if isinstance(guidance, Mapping) else guidance
@@ -154,7 +174,7 @@ def model_card(
     card: Mapping[str, Any],
     *,
     name: str,
-    scheduler: PiecewiseFlowScheduler,
+    scheduler: Scheduler,
     steps: int | None,
     stock: bool,
     reason: str,
@@ -180,7 +200,7 @@ def model_card(
         "",
     ]
     if kind == "folder":
-        lines += _use_folder(card, name, count, steps, stock, reason, dtype)
+        lines += _use_folder(card, name, scheduler, steps, stock, reason, dtype)
     else:
         lines += _use_file(kind, card, name, scheduler, steps, stock)
     boundaries = ", ".join(f"{t:g}" for t in scheduler.windows.boundaries)
@@ -192,7 +212,7 @@ def model_card(
         f"| network_time | {scheduler.config.network_time} |",
         "",
     ]
-    rest = [key for key in card if key not in SECTIONS and key not in ("title", "license", "base", "family")]
+    rest = [key for key in card if key not in SECTIONS and key not in ("title", "license", "base", "family", "call")]
     for key in [key for key in SECTIONS if key in card] + rest:
         lines += [f"## {key.replace('_', ' ').capitalize()}", "", _body(card[key]), ""]
     return "\n".join(lines)

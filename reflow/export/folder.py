@@ -25,7 +25,7 @@ from reflow.models.checks import check_config
 from reflow.models.folder import read_index, read_scheduler
 from reflow.models.parts import read_json
 from reflow.outputs import staged
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.sampling import student_scheduler
 from reflow.weights.delta import student_metadata
 from reflow.weights.files import (
     DTYPES,
@@ -47,11 +47,12 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".
 
 @dataclass(frozen=True)
 class Export:
-    """Where a folder was written, whether it samples with stock DDIM, and the reason, a sentence."""
+    """Where a folder was written, whether a scheduler of diffusers samples it, the reason, a sentence, and the scheduler's class."""
 
     path: Path
     stock: bool
     reason: str
+    scheduler: str
 
 
 def _part_files(folder: Path) -> list[tuple[Path, str]]:
@@ -96,7 +97,7 @@ def _single_precision(config: Path) -> None:
 
 def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> None:
     for name, value in list(index.items()):
-        if not isinstance(value, list) or value[0] is None or name in ("unet", "scheduler"):
+        if not isinstance(value, list) or value[0] is None or name in ("unet", "transformer", "scheduler"):
             continue
         if not (base / name).is_dir():
             if name not in OPTIONAL_PARTS:
@@ -147,10 +148,12 @@ def export_folder(
     base, out = Path(base_path), Path(out)
     refuse_existing(out)
     index = read_index(base) | dict(pipeline or {})
-    unet_config = read_json(base / "unet" / "config.json")
-    check_config(unet_config, base / "unet" / "config.json")
-    scheduler = PiecewiseFlowScheduler.for_student(
-        read_scheduler(base),
+    part = "transformer" if index.get("transformer") else "unet"
+    config_file = base / part / "config.json"
+    config = read_json(config_file)
+    check_config(config, config_file)
+    scheduler = student_scheduler(
+        read_scheduler(base, part),
         windows,
         prediction_type=prediction_type,
         network_time=network_time,
@@ -158,19 +161,19 @@ def export_folder(
     same_reading(unet_state, scheduler)
     # Fewer steps than windows are refused here, before anything is written.
     scheduler.set_timesteps(steps or len(scheduler.windows))
-    state = checked_unet(read_state(unet_state), unet_config, dtype_of(dtype))
-    stock, reason = stock_scheduler(scheduler, steps)
+    state = checked_unet(read_state(unet_state), config, dtype_of(dtype))
+    stock, reason = stock_scheduler(scheduler, steps, str(index.get("_class_name")))
     chosen = stock or scheduler
     index["scheduler"] = ["diffusers" if stock else type(chosen).__module__, type(chosen).__name__]
 
     make_folder(out.parent)
     with staged(out) as temporary:
         _copy_parts(base, index, temporary, link)
-        (temporary / "unet").mkdir()
-        shutil.copyfile(base / "unet" / "config.json", temporary / "unet" / "config.json")
+        (temporary / part).mkdir()
+        shutil.copyfile(config_file, temporary / part / "config.json")
         # So that `reflow sample` knows a student also where the folder carries stock DDIM.
         says = student_metadata(scheduler.windows, scheduler.config.prediction_type, scheduler.config.network_time)
-        write_state(state, temporary / "unet" / f"{WEIGHTS}.safetensors", metadata=says)
+        write_state(state, temporary / part / f"{WEIGHTS}.safetensors", metadata=says)
         chosen.save_pretrained(temporary / "scheduler")
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(
@@ -185,4 +188,4 @@ def export_folder(
             ),
             encoding="utf-8",
         )
-    return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".")
+    return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".", type(chosen).__name__)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.flow import Windows
+from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler
+from reflow.sampling.sampler import Scheduler
 
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 PREDICTS = {"ddim_eps": "epsilon", "diff_eps": "epsilon", "ddim_v": "v", "velocity": "velocity"}
@@ -27,12 +29,18 @@ def markers(scheduler: PiecewiseFlowScheduler) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(0) for name in ("v_pred", *(["ztsnr"] if zero_snr else []))}
 
 
-def other_programs(scheduler: PiecewiseFlowScheduler, stock: bool, guidance: float = 1.0) -> dict[str, str]:
+def other_programs(scheduler: Scheduler, stock: bool, guidance: float = 1.0) -> dict[str, str]:
     """Settings by program, or one sentence under "ComfyUI, AUTOMATIC1111" where none of their samplers fits.
 
     ``stock`` is whether stock DDIM samples the student exactly, one step a window.
     """
     count = len(scheduler.windows)
+    if isinstance(scheduler, FlowWindowScheduler):
+        shift = scheduler.config.shift
+        if all(abs(a - b) < 1e-6 for a, b in zip(scheduler.windows.boundaries, Windows.shifted(count, shift).boundaries, strict=True)):
+            sampler = f"KSampler: sampler_name euler, scheduler simple, steps {count}, cfg {guidance:g}, denoise 1"
+            return {"ComfyUI": f"ModelSamplingSD3 with shift {shift:g}, then {sampler} (by its formulas; not tried there)"}
+        return {"ComfyUI": f"no scheduler of its own starts at {', '.join(f'{t:g}' for t in scheduler.windows.t_start)}; use diffusers ({PAGE})"}
     if not stock:
         return {
             "ComfyUI, AUTOMATIC1111": f"no sampler of theirs steps as this student was trained; use diffusers ({PAGE})"

@@ -1,4 +1,4 @@
-"""The stock-scheduler question: does diffusers' own DDIMScheduler sample a student exactly?"""
+"""The stock-scheduler question: does a scheduler of diffusers sample a student exactly, called with its number of steps alone?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler
+from reflow.sampling.sampler import Scheduler
 
 STOCK_TYPES = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}
 STOCK_TOLERANCE = 1e-6
@@ -20,13 +21,46 @@ BETA_KEYS = (
 )
 
 
-def stock_scheduler(scheduler: PiecewiseFlowScheduler, steps: int | None = None) -> tuple[Any | None, str]:
-    """The stock DDIMScheduler that samples this scheduler's student exactly in ``steps`` steps (None: one a window),
-    or None, and why.
+# Pipelines that call their scheduler with even sigmas of their own, 1 to 1/N, and not with a number of steps alone.
+WITH_SIGMAS = ("FluxPipeline", "QwenImagePipeline", "Flux2Pipeline", "ZImagePipeline")
+
+
+def stock_flow(scheduler: FlowWindowScheduler, steps: int | None, pipeline: str) -> tuple[Any | None, str]:
+    """The FlowMatchEulerDiscreteScheduler whose default call by this pipeline steps exactly as a student's, or None, and why.
+
+    Tried: with the windows' shift (right for pipelines that pass even sigmas), and for windows even in sigma shift 1 ending at 1/K (right
+    for those that pass a number of steps alone, whose call with any other shift spends the last step at almost no noise, diffusers #13243).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    count = len(scheduler.windows)
+    steps = count if steps is None else steps
+    wanted = torch.tensor([*scheduler.grid(steps), scheduler.windows.t_end[-1]])
+    even = [1 - i / steps for i in range(steps)]
+    passed = {"sigmas": even} if pipeline in WITH_SIGMAS else {"num_inference_steps": steps}
+    tries = ({"shift": scheduler.config.shift}, {"shift": 1.0, "shift_terminal": 1 / steps if steps > 1 else None})
+    found = []
+    for settings in tries:
+        stock = FlowMatchEulerDiscreteScheduler(**settings)
+        stock.set_timesteps(**passed)
+        off = float((stock.sigmas - wanted).abs().max())
+        if off <= STOCK_TOLERANCE and not (settings.get("shift_terminal") and steps != count):
+            return stock, f"{type(stock).__name__} with {steps} steps starts at the student's own noise levels, to {off:.0e}"
+        found.append(off)
+    return None, (
+        f"diffusers' own FlowMatchEulerDiscreteScheduler, called with {steps} steps, is up to {min(found):.2g} away from the student's noise levels"
+    )
+
+
+def stock_scheduler(scheduler: Scheduler, steps: int | None = None, pipeline: str = "") -> tuple[Any | None, str]:
+    """The scheduler of diffusers that samples this scheduler's student exactly in ``steps`` steps (None: one a window),
+    or None, and why: DDIMScheduler, or for a flow, whose pipeline's class decides how it is called, its Euler.
 
     The claim is tried, not assumed: both schedulers take all steps on one random input and must agree to 1e-6 of the
     result's size.
     """
+    if isinstance(scheduler, FlowWindowScheduler):
+        return stock_flow(scheduler, steps, pipeline)
     from diffusers import DDIMScheduler
 
     count, kind = len(scheduler.windows), scheduler.config.prediction_type

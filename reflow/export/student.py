@@ -11,18 +11,20 @@ import torch
 from reflow.errors import UserError
 from reflow.flow import Windows
 from reflow.quiet import quiet_imports
-from reflow.sampling import PiecewiseFlowScheduler
+from reflow.sampling.sampler import Scheduler
 from reflow.weights.delta import student_settings
 from reflow.weights.files import State, cast
 from reflow.weights.guard import on_meta
 
 
 def checked_unet(state: State, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state in ``dtype``, if it fits the base's UNet name by name and shape by shape and stays finite."""
+    """The state in ``dtype``, if it fits the base's UNet, or the transformer of this config, name by name and shape by shape and stays
+    finite."""
     quiet_imports()
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    expected = on_meta(lambda: UNet2DConditionModel.from_config(config), "The config of the base's UNet").state_dict()
+    kind = getattr(diffusers, str(config.get("_class_name", "UNet2DConditionModel")), diffusers.UNet2DConditionModel)
+    expected = on_meta(lambda: kind.from_config(config), "The config of the base's network").state_dict()
     wrong = sorted(expected.keys() ^ state.keys()) + [
         key for key in expected if key in state and expected[key].shape != state[key].shape
     ]
@@ -43,7 +45,7 @@ def checked_unet(state: State, config: Mapping[str, Any], dtype: torch.dtype) ->
     return ready
 
 
-def same_reading(source: str | Path | State, scheduler: PiecewiseFlowScheduler) -> None:
+def same_reading(source: str | Path | State, scheduler: Scheduler) -> None:
     """Raises UserError where a weights file says itself that its student is sampled in another way."""
     if isinstance(source, Mapping) or not Path(source).is_file():
         return
