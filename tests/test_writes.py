@@ -21,7 +21,9 @@ ELSEWHERE = {
     "reflow/recipes/keys.py": {""},
     "reflow/training/beat.py": {"main"},  # a sign of life, told by its time and not by what it holds
     "reflow/evaluation/classifier.py": {"main"},
+    "reflow/experiments/digits_training.py": None,
     "reflow/experiments/digits_teacher.py": None,
+    "reflow/experiments/digits_flow_teacher.py": None,
     "reflow/experiments/digits_full.py": None,
 }
 

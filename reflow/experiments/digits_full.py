@@ -4,7 +4,8 @@
 
 Every seed is trained as `deepspeed scripts/train.py --recipe digits --set train.seed=N` does, then measured as by
 `reflow evaluate`, from the same noises. Finished seeds are kept, so the same command goes on where it was. Writes
-OUT/digits.json, digits.png and digits-samples.png; the committed copies are in bench/results/experiments/.
+OUT/digits.json, digits.png and digits-samples.png, with --recipe digits-flow digits-flow.json and so on; the committed copies are in
+bench/results/experiments/.
 """
 
 from __future__ import annotations
@@ -78,12 +79,13 @@ def run(
         **result,
         "resolved_recipe": reading.load(str(folders[0] / "recipe.toml")).resolved(),
     }
-    report.write_json(result, out / "digits.json")
-    pictures.quality(result, out / "digits.png")
-    (out / "digits-samples.png").write_bytes((folders[0] / "report" / "differences.png").read_bytes())
+    name = checked.model.family  # "digits", or that of the flow bed
+    report.write_json(result, out / f"{name}.json")
+    pictures.quality(result, out / f"{name}.png")
+    (out / f"{name}-samples.png").write_bytes((folders[0] / "report" / "differences.png").read_bytes())
     print(f"\n{result['recipe']}, {seeds} training seeds")
     print(table.experiment_text(result))
-    print(f"\nResults: {out / 'digits.json'}")
+    print(f"\nResults: {out / f'{name}.json'}")
 
 
 def command() -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
 import sys
 import time
 from copy import deepcopy
@@ -19,74 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from reflow.data import digits as data
+from reflow.experiments.digits_training import (
+    all_token_ids,
+    draw_captions,
+    encode,
+    fit,
+    machine,
+    save_folder,
+    train_vae,
+)
 from reflow.models import digits as model
 
-NEGATIVE_ROW = 10 * len(data.TEMPLATES)
 TEACHER = ("unet", "text_encoder", "text_encoder_2")
-
-
-def cosine_rate(step: int, steps: int, rate: float, warm_up: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < warm_up:
-        return rate * (step + 1) / warm_up
-    return rate * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def train_vae(
-    vae: nn.Module, images: torch.Tensor, *, steps: int, batch: int, rate: float, kl_weight: float, seed: int
-) -> float:
-    """Fit the VAE to images [N,1,16,16] and make its latents zero-mean with a measured `scaling_factor`.
-
-    Returns the mean squared reconstruction error (pixels in [-1,1], posterior mode).
-    """
-    generator = torch.Generator(images.device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0)
-    bar = tqdm(range(steps), desc="vae", mininterval=2)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, rate, 50)
-        pixels = images[torch.randint(len(images), (batch,), generator=generator, device=images.device)]
-        posterior = vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
-        error = F.mse_loss(vae.decode(posterior.mean + posterior.std * noise).sample, pixels)
-        loss = error + kl_weight * posterior.kl().mean() / pixels[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix(mse=f"{error.item():.4f}")
-    with torch.no_grad():
-        latents = encode(vae, images)
-        mean = latents.mean((0, 2, 3))
-        # The shift moves from the latents into the two 1x1 convolutions beside them: the VAE's function is unchanged.
-        vae.quant_conv.bias[: len(mean)] -= mean
-        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-        latents = encode(vae, images)
-        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        return F.mse_loss(torch.cat([vae.decode(part).sample for part in latents.split(256)]), images).item()
-
-
-@torch.no_grad()
-def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Unscaled latents [N,4,8,8] of images, the mode of the posterior."""
-    return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(256)])
-
-
-def all_token_ids(parts: dict[str, Any], device: torch.device) -> list[torch.Tensor]:
-    """Token ids of every caption, row label*templates+template, then the empty one; for both tokenizers, cut to the
-    longest.
-    """
-    sentences = [sentence for label in range(10) for sentence in data.captions(label)] + [""]
-    return [
-        torch.tensor(parts[name](sentences, padding="max_length", truncation=True).input_ids, device=device)
-        for name in ("tokenizer", "tokenizer_2")
-    ]
 
 
 def encode_text(parts: dict[str, Any], ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,24 +71,14 @@ def train_teacher(
     `on_checkpoint(step, ema_parts)` is called every `checkpoint_every` steps.
     """
     device = latents.device
-    generator = torch.Generator(device).manual_seed(seed)
     ids = all_token_ids(parts, device)
-    live = [p for name in TEACHER for p in parts[name].parameters()]
-    ema = {name: deepcopy(parts[name]).requires_grad_(False) for name in TEACHER}
-    shadow = [p for name in TEACHER for p in ema[name].parameters()]
     alphas = parts["scheduler"].alphas_cumprod.to(device)
     weights = loss_weights(alphas, weight_cap)
     time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16], device=device).expand(batch, 6)
-    optimizer = torch.optim.AdamW(live, lr=rate, betas=(0.9, 0.99), weight_decay=0)
-    curve, running = [], 0.0
-    bar = tqdm(range(steps), desc="unet + text", mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, rate, 100)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator, device=device)
-        template = torch.randint(len(data.TEMPLATES), (batch,), generator=generator, device=device)
-        caption = labels[rows] * len(data.TEMPLATES) + template
-        caption = torch.where(torch.rand(batch, generator=generator, device=device) < drop, NEGATIVE_ROW, caption)
+        caption = draw_captions(labels[rows], drop, generator)
         # One time from each of `batch` equal strata: the loss of a step varies less than with independent times.
         uniform = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
         index = (uniform * len(alphas)).long().clamp_max(len(alphas) - 1)
@@ -158,20 +93,21 @@ def train_teacher(
             return_dict=False,
             added_cond_kwargs=dict(text_embeds=pooled[caption], time_ids=time_ids),
         )[0]
-        loss = (weights[index] * (output - noise).square().mean((1, 2, 3))).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(live, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(shadow, [p.detach() for p in live], 1 - min(ema_decay, (1 + step) / (10 + step)))
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-            curve.append(round(running, 5))
-        if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-            on_checkpoint(step + 1, {**parts, **ema})
-    parts.update(ema)
-    return curve
+        return (weights[index] * (output - noise).square().mean((1, 2, 3))).mean()
+
+    done = fit(
+        {name: parts[name] for name in TEACHER},
+        loss,
+        name="unet + text",
+        steps=steps,
+        rate=rate,
+        ema_decay=ema_decay,
+        generator=torch.Generator(device).manual_seed(seed),
+        checkpoint_every=checkpoint_every,
+        on_checkpoint=lambda step, ema: on_checkpoint(step, {**parts, **ema}),
+    )
+    parts.update(done.ema)
+    return done.curve
 
 
 def save(parts: dict[str, Any], folder: Path) -> None:
@@ -182,19 +118,7 @@ def save(parts: dict[str, Any], folder: Path) -> None:
     pipeline = StableDiffusionXLPipeline(
         **{**parts, **networks}, force_zeros_for_empty_prompt=False, add_watermarker=False
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):
-        # transformers loads in the dtype that the config names, diffusers in fp32; without a dtype both must agree.
-        config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(
-            json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
-        )
-    vocab, merges = model.vocabulary()
-    for name in ("tokenizer", "tokenizer_2"):
-        # The two files that readers of tokenizers before tokenizer.json look for.
-        (folder / name / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-        (folder / name / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    save_folder(pipeline, folder)
 
 
 def main() -> None:
@@ -272,32 +196,6 @@ def main() -> None:
     )
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["evaluation"], indent=1))
-
-
-def machine() -> dict[str, str]:
-    """Processor and versions that a result belongs to."""
-    import diffusers
-    import transformers
-
-    return dict(
-        processor=processor(),
-        system=platform.platform(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        diffusers=diffusers.__version__,
-        transformers=transformers.__version__,
-    )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reflow.data import digits as data
-from reflow.experiments import digits_quality, digits_teacher
+from reflow.experiments import digits_quality, digits_teacher, digits_training
 from reflow.models import digits, family
 
 
@@ -47,7 +47,7 @@ def test_vae_centring_leaves_its_function_alone():
     """Latents are moved to mean zero inside the two 1x1 convolutions; what the VAE reconstructs stays."""
     images = data.images()[0][:64]
     (moved, still) = (digits.build(3)["vae"] for _ in range(2))
-    digits_teacher.train_vae(moved, images, steps=0, batch=8, rate=0.0, kl_weight=0.0, seed=0)
+    digits_training.train_vae(moved, images, steps=0, batch=8, rate=0.0, kl_weight=0.0, seed=0)
     with torch.no_grad():
         before = still.decode(still.encode(images).latent_dist.mode()).sample
         latents = moved.encode(images).latent_dist.mode()
@@ -66,7 +66,7 @@ def test_loss_weights_are_those_of_v_prediction_up_to_the_cap():
 
 
 def test_rate_warms_up_and_ends_at_zero():
-    rates = [digits_teacher.cosine_rate(step, 100, 1.0, 10) for step in range(100)]
+    rates = [digits_training.cosine_rate(step, 100, 1.0, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1 and rates[99] < 1e-3
 
 
