@@ -157,6 +157,7 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path, monkeypatch, gpu, owner, na
         students.train([replace(STUDENTS[0], pairs=64, batch=16, width=16, device="cuda")], Store(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_says_where_and_keeps_both(tmp_path, gpu, close, capsys):
     out = tmp_path / "steps"
     for words, context in (((), contextlib.nullcontext), (("--device", "cuda"), gpu)):

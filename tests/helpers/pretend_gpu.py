@@ -127,6 +127,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+    # A torch that is built for CUDA would ask the driver whether a step of Adam is being captured.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
     monkeypatch.setenv("REFLOW_KERNELS_BACKEND", "torch")
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # else parameters are cast where they lie
     with Gpu():
