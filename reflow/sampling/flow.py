@@ -25,6 +25,17 @@ OF_BASE = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift",
            "time_shift_type")  # fmt: skip
 
 
+def shift_of(windows: Windows) -> float | None:
+    """The time shift before which windows from 1 to 0 are even; None for one window, which every shift makes, and for others."""
+    count = len(windows)
+    if count < 2:
+        return None
+    first, even = windows.boundaries[1], 1 - 1 / count
+    shift = first * (1 - even) / (even * (1 - first))
+    near = zip(windows.boundaries, Windows.shifted(count, shift).boundaries, strict=True)
+    return round(shift, 6) if all(abs(a - b) < 1e-6 for a, b in near) else None
+
+
 class FlowWindowScheduler(FlowMatchEulerDiscreteScheduler):
     """Few-step sampling of a flow network trained on K time windows: N steps, N // K in each window, one more in the noisiest N mod K.
 
@@ -85,8 +96,9 @@ class FlowWindowScheduler(FlowMatchEulerDiscreteScheduler):
         shift: float | None = None,
     ) -> FlowWindowScheduler:
         """The scheduler of a student trained on ``windows`` of the base whose scheduler has this config: the windows, or their number, even
-        before ``shift`` (None: the config's)."""
+        before ``shift`` (None: the config's, or that which made the windows: a base's static shift may be another, or follow the size)."""
         kept = {key: scheduler_config[key] for key in OF_BASE if scheduler_config.get(key) is not None}
+        shift = shift or (shift_of(windows) if isinstance(windows, Windows) else None)
         if shift is not None:
             kept["shift"] = shift
         boundaries = windows.boundaries if isinstance(windows, Windows) else Windows.shifted(windows, kept.get("shift", 1.0)).boundaries

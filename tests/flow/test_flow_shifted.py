@@ -134,3 +134,17 @@ def test_a_students_boundaries_between_grid_points_are_refused():
     with pytest.raises(ValueError, match="step across the student's boundary"):
         WindowSolver.from_student(table, Windows.uniform(1), 3, network_time_mode="flow")
     WindowSolver.from_student(table, Windows.uniform(1), 4, network_time_mode="flow")  # even before the shift: all boundaries are met
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_scheduler_knows_the_shift_that_made_its_windows(shift):
+    """Not the base's static one, which a dynamic shift makes meaningless: steps within windows lie on the grid that was trained."""
+    from reflow.sampling import FlowWindowScheduler
+
+    base = {"shift": 7.0, "use_dynamic_shifting": True}
+    scheduler = FlowWindowScheduler.for_student(base, Windows.shifted(4, shift))
+    assert scheduler.config.shift == pytest.approx(shift, abs=1e-6)
+    wanted = [*time_grid(Windows.shifted(4, shift), 2, shift)[:-1].T.flatten().tolist()]
+    assert scheduler.grid(8) == pytest.approx(wanted, abs=1e-6)
+    odd = FlowWindowScheduler.for_student(base, Windows((1.0, 0.8, 0.7, 0.0)))
+    assert odd.config.shift == 7.0 and odd.grid(3) == [1.0, 0.8, 0.7]
