@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from reflow.flow import Windows
 from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler
+from reflow.sampling.flow import even_before
 from reflow.sampling.sampler import Scheduler
 
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -37,7 +37,7 @@ def other_programs(scheduler: Scheduler, stock: bool, guidance: float = 1.0) -> 
     count = len(scheduler.windows)
     if isinstance(scheduler, FlowWindowScheduler):
         shift = scheduler.config.shift
-        if all(abs(a - b) < 1e-6 for a, b in zip(scheduler.windows.boundaries, Windows.shifted(count, shift).boundaries, strict=True)):
+        if even_before(scheduler.windows, shift):
             sampler = f"KSampler: sampler_name euler, scheduler simple, steps {count}, cfg {guidance:g}, denoise 1"
             return {"ComfyUI": f"ModelSamplingSD3 with shift {shift:g}, then {sampler} (by its formulas; not tried there)"}
         return {"ComfyUI": f"no scheduler of its own starts at {', '.join(f'{t:g}' for t in scheduler.windows.t_start)}; use diffusers ({PAGE})"}

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from reflow.errors import quote
 from reflow.flow.schedule import shifted
 from reflow.flow.windows import Windows
-from reflow.sampling.piecewise import StepsError
+from reflow.sampling.window_steps import StepsError, WindowSteps
 
 # What of a base's scheduler config its student's has too: img2img of some pipelines reads them.
 OF_BASE = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
@@ -32,11 +32,16 @@ def shift_of(windows: Windows) -> float | None:
         return None
     first, even = windows.boundaries[1], 1 - 1 / count
     shift = first * (1 - even) / (even * (1 - first))
-    near = zip(windows.boundaries, Windows.shifted(count, shift).boundaries, strict=True)
-    return round(shift, 6) if all(abs(a - b) < 1e-6 for a, b in near) else None
+    return round(shift, 6) if even_before(windows, shift) else None
 
 
-class FlowWindowScheduler(FlowMatchEulerDiscreteScheduler):
+def even_before(windows: Windows, shift: float) -> bool:
+    """Whether windows from 1 to 0 are even before this time shift."""
+    made = Windows.shifted(len(windows), shift).boundaries
+    return all(abs(a - b) < 1e-6 for a, b in zip(windows.boundaries, made, strict=True))
+
+
+class FlowWindowScheduler(WindowSteps, FlowMatchEulerDiscreteScheduler):
     """Few-step sampling of a flow network trained on K time windows: N steps, N // K in each window, one more in the noisiest N mod K.
 
     Config keys beyond diffusers' own: ``window_boundaries``, K+1 descending times from 1 to 0 (None: ``num_time_windows`` even ones before
@@ -105,37 +110,9 @@ class FlowWindowScheduler(FlowMatchEulerDiscreteScheduler):
         given = {"prediction_type": prediction_type, "network_time": network_time}
         return cls(**kept, window_boundaries=list(boundaries), **{key: value for key, value in given.items() if value is not None})
 
-    def _split(self, steps: Sequence[int]) -> list[int]:
-        counts = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
-        if len(counts) != len(self.windows) or not all(type(n) is int and n > 0 for n in counts):
-            count = len(self.windows)
-            raise StepsError(
-                f"FlowWindowScheduler: steps_per_window is {quote(steps)}; give {count} whole numbers of at least 1, one for each of the {count} "
-                "windows from noise to data."
-            )
-        return counts
-
-    def counts(self, steps: int, split: Sequence[int] | None = None) -> list[int]:
-        """Steps in each window, from noise to data, of ``steps`` in all: evenly, or by ``split`` or the config's steps_per_window, whose
-        sum they then must be."""
-        split = self.config.steps_per_window if split is None else self._split(split)
-        if split is None:
-            count = len(self.windows)
-            return [steps // count + (k < steps % count) for k in range(count)]
-        if sum(split) != steps:
-            raise StepsError(
-                f"num_inference_steps={steps} does not fit steps_per_window={list(split)}, which are {sum(split)} steps: use "
-                f"num_inference_steps={sum(split)}, or set another steps_per_window (None spreads steps evenly)."
-            )
-        return list(split)
-
     def grid(self, steps: int, split: Sequence[int] | None = None) -> list[float]:
         """The noise levels that ``steps`` steps start at, from 1 down; the last step ends at the last boundary."""
-        if steps < len(self.windows):
-            raise StepsError(
-                f"num_inference_steps={steps} is fewer than the {len(self.windows)} windows of this student, and every window needs a step: use "
-                f"num_inference_steps={len(self.windows)} or more, or a student trained on fewer windows."
-            )
+        self.need_a_step_each(steps)
         shift, times = self.config.shift, []
         for start, end, count in zip(self.windows.t_start, self.windows.t_end, self.counts(steps, split), strict=True):
             first, last = shifted(start, 1 / shift), shifted(end, 1 / shift)

@@ -10,19 +10,16 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
-from reflow.errors import UserError, quote
+from reflow.errors import quote
 from reflow.flow.chord import PREDICTION_TYPES, ChordTable
 from reflow.flow.schedule import NETWORK_TIMES, DiscreteVP, betas_from_config, network_time
 from reflow.flow.windows import Windows
+from reflow.sampling.window_steps import StepsError, WindowSteps
 
 # A diffusers base names its own parameterisation; on a window's chord the same network reads as these.
 FROM_BASE = {"epsilon": "ddim_eps", "v_prediction": "ddim_v"}
 # What the network's output is; a base may become a velocity student, but nothing else changes its kind.
 KINDS = {"ddim_eps": "noise", "diff_eps": "noise", "ddim_v": "v", "velocity": "velocity"}
-
-
-class StepsError(UserError, ValueError):
-    """A scheduler setting or a number of steps that cannot work; the sentence says what to write instead."""
 
 
 def contradiction(stored: str | None, asked: str | None) -> str | None:
@@ -38,7 +35,7 @@ def contradiction(stored: str | None, asked: str | None) -> str | None:
     )
 
 
-class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
+class PiecewiseFlowScheduler(WindowSteps, SchedulerMixin, ConfigMixin):
     """Few-step sampling of a network trained on the chords of K time windows (PeRFlow, arXiv 2405.07510; ProReflow,
     2503.04824).
 
@@ -211,31 +208,6 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         """Identity: the network sees the sample as it is."""
         return sample
 
-    def _split(self, steps: Sequence[int]) -> list[int]:
-        """steps_per_window, checked. Raises StepsError for anything but a number of at least 1 for each window."""
-        counts = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
-        if len(counts) != len(self.windows) or not all(type(n) is int and n > 0 for n in counts):
-            count = len(self.windows)
-            raise StepsError(
-                f"PiecewiseFlowScheduler: steps_per_window is {quote(steps)}; give {count} whole numbers of at least 1, one "
-                f"for each of the {count} windows from noise to data."
-            )
-        return counts
-
-    def counts(self, steps: int, split: Sequence[int] | None = None) -> list[int]:
-        """Steps in each window, from noise to data, of ``steps`` in all: evenly, or by ``split`` or the config's
-        steps_per_window, whose sum they then must be."""
-        split = self.config.steps_per_window if split is None else self._split(split)
-        if split is None:
-            count = len(self.windows)
-            return [steps // count + (k < steps % count) for k in range(count)]
-        if sum(split) != steps:
-            raise StepsError(
-                f"num_inference_steps={steps} does not fit steps_per_window={list(split)}, which are {sum(split)} steps: use "
-                f"num_inference_steps={sum(split)}, or set another steps_per_window (None spreads steps evenly)."
-            )
-        return list(split)
-
     def set_timesteps(
         self,
         num_inference_steps: int,
@@ -248,13 +220,7 @@ class PiecewiseFlowScheduler(SchedulerMixin, ConfigMixin):
         ``timesteps[N]`` is int64 for network_time "index" and fp32 for "perflow"; every value is unique and names its
         window. Raises StepsError if N is below the number of windows or too large for the training grid.
         """
-        count = len(self.windows)
-        if num_inference_steps < count:
-            raise StepsError(
-                f"num_inference_steps={num_inference_steps} is fewer than the {count} windows of this student, and "
-                f"every window needs a step: use num_inference_steps={count} or more, or a student trained on fewer "
-                "windows."
-            )
+        self.need_a_step_each(num_inference_steps)
         times: list[float] = []
         window: list[int] = []
         split = self.counts(num_inference_steps, steps_per_window)
