@@ -15,6 +15,7 @@ import torch
 from reflow.data import digits as data
 from reflow.experiments.digits_quality import measure
 from reflow.experiments.digits_training import NEGATIVE_ROW, all_token_ids
+from reflow.flow import shifted
 from reflow.models import digits_flow as model
 
 
@@ -24,7 +25,7 @@ def grid(steps: int, shift: float) -> list[float]:
     Not the default of FlowMatchEulerDiscreteScheduler, which ends on an all but empty step and shifts twice
     (diffusers issue 13243); `sigmas=[1 - i/steps ...]` without the last makes the stock pipeline take these.
     """
-    return [float(model.shifted(torch.tensor(1 - i / steps, dtype=torch.float64), shift)) for i in range(steps + 1)]
+    return [float(shifted(1 - i / steps, shift)) for i in range(steps + 1)]
 
 
 @torch.no_grad()

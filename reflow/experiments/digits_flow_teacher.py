@@ -36,6 +36,7 @@ from reflow.experiments.digits_training import (
     save_folder,
     train_vae,
 )
+from reflow.flow import shifted
 from reflow.models import digits_flow as model
 
 TEACHER = ("transformer", "text_encoder", "text_encoder_2")
@@ -47,7 +48,7 @@ def draw_times(batch: int, shift: float, generator: torch.Generator) -> torch.Te
     uniform = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
     coin = torch.rand(batch, generator=generator, device=device) < 0.5
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
-    return model.shifted(torch.where(coin, normal.sigmoid(), uniform), shift)
+    return shifted(torch.where(coin, normal.sigmoid(), uniform), shift)
 
 
 def train_teacher(

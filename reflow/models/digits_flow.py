@@ -71,11 +71,6 @@ def new_parts(seed: int = 0) -> dict[str, Any]:
         )
 
 
-def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
-    """SD3's time shift: u in [0,1] to t = a u / (1 + (a-1) u), more of it near the noise for a shift a > 1."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
 class OneForMany:
     """Joint attention in which the last text token stands for `count` equal ones.
 
