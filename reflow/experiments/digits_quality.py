@@ -15,7 +15,7 @@ import torch
 
 from reflow.data import digits as data
 from reflow.evaluation.classifier import accuracy, load_classifier
-from reflow.evaluation.frechet import frechet_distance
+from reflow.evaluation.measures.frechet import frechet_distance
 from reflow.evaluation.metrics import paired_error
 from reflow.models import Base, denoise, family
 

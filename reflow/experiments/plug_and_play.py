@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reflow.evaluation.frechet import distance_of_moments, moments
+from reflow.evaluation.measures.frechet import distance_of_moments, moments
 from reflow.evaluation.metrics import paired_error
 from reflow.experiments import cells
 from reflow.experiments.beds import custom as customs

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reflow.evaluation.frechet import distance_of_moments, moments
+from reflow.evaluation.measures.frechet import distance_of_moments, moments
 from reflow.experiments import cells
 from reflow.experiments.beds import measure
 from reflow.experiments.beds.exact import ExactBed, Model, untrained

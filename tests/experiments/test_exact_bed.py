@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reflow.evaluation.frechet import distance_of_moments, moments
+from reflow.evaluation.measures.frechet import distance_of_moments, moments
 from reflow.evaluation.metrics import paired_error
 from reflow.experiments.beds import measure, scans, students
 from reflow.experiments.beds.exact import ExactBed, untrained

@@ -20,7 +20,7 @@ from torch import Tensor
 from reflow.data import digits
 from reflow.errors import UserError
 from reflow.evaluation import classifier
-from reflow.evaluation.frechet import frechet_distance
+from reflow.evaluation.measures.frechet import frechet_distance
 from reflow.evaluation.methods import noises
 from reflow.evaluation.metrics import paired_error
 from reflow.evaluation.runs import open_run

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reflow.evaluation.frechet import distance_of_moments, moments
+from reflow.evaluation.measures.frechet import distance_of_moments, moments
 from reflow.evaluation.metrics import paired_error
 from reflow.experiments.beds import scans
 from reflow.experiments.beds.exact import ExactBed, Model
