@@ -48,8 +48,10 @@ class Drawing:
     def count(self) -> int:
         return len(self.prompts) * self.per_prompt
 
-    def samples(self, cell: Cell) -> Samples:
-        return Samples(self.root, cell, self.count, {**self.what, "model": cell.label, "steps": cell.steps, "guidance": cell.guidance})
+    def samples(self, cell: Cell, contender: Mapping[str, Any] | None = None) -> Samples:
+        """A cell's samples; contender: its description, which they must be of, where they are written or read."""
+        what = {**self.what, "model": cell.label, "steps": cell.steps, "guidance": cell.guidance}
+        return Samples(self.root, cell, self.count, what if contender is None else {**what, "contender": contender})
 
     def prompts_of(self, numbers: range) -> list[str]:
         return [self.prompts[number // self.per_prompt] for number in numbers]
@@ -102,7 +104,7 @@ def work(drawing: Drawing, plan: Plan, device: str, rank: int, ranks: int, bar: 
             for cell in own:
                 contender.check(cell.steps, cell.guidance)
             for cell in own:
-                samples = Samples(drawing.root, cell, drawing.count, {**drawing.samples(cell).what, "contender": told[contender.label]}).open()
+                samples = drawing.samples(cell, told[contender.label]).open()
                 for numbers in plan[cell][rank::ranks]:
                     prompts, seeds = drawing.prompts_of(numbers), [drawing.seed + number for number in numbers]
                     if bar is not None:

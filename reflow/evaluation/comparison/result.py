@@ -181,7 +181,7 @@ def measure(
     rows, missing = [], {}
 
     def at(cell: Cell) -> Samples:
-        return Samples(drawing.root, cell, drawing.count, {**drawing.samples(cell).what, "contender": told[cell.label]})
+        return drawing.samples(cell, told[cell.label])
 
     for cell in comparison.cells:
         reference = comparison.reference(cell.guidance)
