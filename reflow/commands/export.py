@@ -125,8 +125,9 @@ def write(args: argparse.Namespace) -> pathlib.Path:
     # What the student knows as the null prompt is what guidance must take in the folder too.
     null = {"force_zeros_for_empty_prompt": base.zero_null} if base.family.pooled else {}
     done = export_folder(
-        base.path, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card, pipeline=null
-    )
+        base, student, args.out, **settings, steps=args.steps, dtype=args.dtype or "fp16", card=card, pipeline=null,
+        guidance=recipe.validate_.guidance_scale,
+    )  # fmt: skip
     print(f"diffusers folder of {recipe.name} ({which}): {done.path}")
     print(scheduler_line(done))
     return done.path

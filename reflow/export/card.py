@@ -109,7 +109,7 @@ def _use_folder(
     if stock:
         return [
             *lines,
-            f"Use exactly {count} step{'s' * (count != 1)} with this scheduler; {reason}. For more steps install "
+            f"Use exactly {steps} step{'s' * (steps != 1)} with this scheduler; {reason}. For more steps install "
             "reflow and write:",
             "",
             *_python(

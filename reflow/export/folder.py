@@ -1,7 +1,7 @@
 """A student as a diffusers folder that loads anywhere.
 
-The folder carries stock DDIM wherever that samples the student exactly, so that it needs no package of ours; otherwise
-it carries PiecewiseFlowScheduler and says why. It is written under a temporary name and renamed at the end.
+The folder carries a scheduler of diffusers wherever the base's pipeline samples the student exactly with it, so that it
+needs no package of ours; otherwise it carries ours and says why. It is written under a temporary name and renamed at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 
 from reflow.errors import UserError
 from reflow.export.card import model_card
-from reflow.export.stock import stock_scheduler
 from reflow.export.student import checked_unet, same_reading
+from reflow.export.trial import Found, base_of, choose
 from reflow.flow import Windows
+from reflow.models import Base
 from reflow.models.checks import check_config
 from reflow.models.folder import read_index, read_scheduler
 from reflow.models.parts import read_json
@@ -47,12 +48,14 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".
 
 @dataclass(frozen=True)
 class Export:
-    """Where a folder was written, whether a scheduler of diffusers samples it, the reason, a sentence, and the scheduler's class."""
+    """Where a folder was written, whether a scheduler of diffusers samples it, the reason, a sentence, and the scheduler's class; found: what
+    the trial with it through each pipeline found, see `reflow.export.trial`."""
 
     path: Path
     stock: bool
     reason: str
     scheduler: str
+    found: Mapping[str, Found] = field(default_factory=dict)
 
 
 def _part_files(folder: Path) -> list[tuple[Path, str]]:
@@ -121,7 +124,7 @@ def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> Non
 
 
 def export_folder(
-    base_path: str | Path,
+    base: str | Path | Base,
     unet_state: str | Path | State,
     out: str | Path,
     *,
@@ -133,19 +136,24 @@ def export_folder(
     card: Mapping[str, Any] | None = None,
     link: bool = False,
     pipeline: Mapping[str, Any] | None = None,
+    guidance: float = 1.0,
 ) -> Export:
     """Write a diffusers folder: the student's UNet in ``dtype``, a scheduler, README.md, and every other part of the
     base.
 
-    ``unet_state`` is a state dict, a .safetensors file or a UNet folder, in diffusers' names. prediction_type None is
-    the base's own, network_time None as PiecewiseFlowScheduler has it; ``steps`` is the number that the model is meant
-    for (None: one a window), which decides with ``windows`` whether stock DDIM will do. ``card`` may hold recipe, data,
-    steps, guidance, evaluation and anything else the README should say. ``link`` makes hard links to the base's files
-    instead of copies, where the file system can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or
-    in the dtype that from_pretrained is given. ``pipeline`` changes entries of model_index.json. Raises UserError if
-    ``out`` is not empty, the base is incomplete or the weights do not fit.
+    ``base`` is a folder, or a base that its family read, of which nothing need be loaded. ``unet_state`` is a state dict,
+    a .safetensors file or a UNet folder, in diffusers' names. prediction_type None is the base's own, network_time None as
+    PiecewiseFlowScheduler has it; ``steps`` is the number that the model is meant for (None: one a window), which decides
+    with ``windows`` whether a scheduler of diffusers will do: the pipeline of the base is tried with it, and with ours, at
+    ``guidance``, the scale that the model is meant for, before anything is written. ``card`` may hold recipe, data, steps,
+    guidance, evaluation and anything else the README should say. ``link`` makes hard links to the base's files instead of
+    copies, where the file system can. The folder loads in fp32 whatever ``dtype`` its weights are stored in, or in the
+    dtype that from_pretrained is given. ``pipeline`` changes entries of model_index.json. Raises UserError if ``out`` is
+    not empty, the base is incomplete, the weights do not fit, or the pipeline of the installed diffusers does not sample
+    the student as it was trained.
     """
-    base, out = Path(base_path), Path(out)
+    read = base if isinstance(base, Base) else base_of(Path(base))
+    base, out = base.path if isinstance(base, Base) else Path(base), Path(out)
     refuse_existing(out)
     index = read_index(base) | dict(pipeline or {})
     part = "transformer" if index.get("transformer") else "unet"
@@ -162,9 +170,9 @@ def export_folder(
     # Fewer steps than windows are refused here, before anything is written.
     scheduler.set_timesteps(steps or len(scheduler.windows))
     state = checked_unet(read_state(unet_state), config, dtype_of(dtype))
-    stock, reason = stock_scheduler(scheduler, steps, str(index.get("_class_name")))
-    chosen = stock or scheduler
-    index["scheduler"] = ["diffusers" if stock else type(chosen).__module__, type(chosen).__name__]
+    choice = choose(read, scheduler, steps, guidance)
+    chosen = choice.scheduler
+    index["scheduler"] = ["diffusers" if choice.stock else type(chosen).__module__, type(chosen).__name__]
 
     make_folder(out.parent)
     with staged(out) as temporary:
@@ -182,10 +190,10 @@ def export_folder(
                 name=out.name,
                 scheduler=scheduler,
                 steps=steps,
-                stock=stock is not None,
-                reason=reason,
+                stock=choice.stock,
+                reason=choice.reason,
                 dtype=next((name for name, kind in DTYPES.items() if kind == dtype_of(dtype)), "fp32"),
             ),
             encoding="utf-8",
         )
-    return Export(out, stock is not None, reason[0].upper() + reason[1:] + ".", type(chosen).__name__)
+    return Export(out, choice.stock, choice.reason[0].upper() + choice.reason[1:] + ".", type(chosen).__name__, choice.found)

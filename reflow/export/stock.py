@@ -1,4 +1,4 @@
-"""The stock-scheduler question: does a scheduler of diffusers sample a student exactly, called with its number of steps alone?"""
+"""The stock-scheduler question, asked of schedulers alone: which of diffusers step exactly as a student's?"""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ BETA_KEYS = (
 )
 
 
-# Pipelines that call their scheduler with even sigmas of their own, 1 to 1/N, and not with a number of steps alone.
-WITH_SIGMAS = ("FluxPipeline", "QwenImagePipeline", "Flux2Pipeline", "ZImagePipeline")
+def flow_candidates(scheduler: FlowWindowScheduler, steps: int) -> list[Any]:
+    """The schedulers of diffusers that some pipeline's default call may step with exactly as a student of a flow.
 
-
-def stock_flow(scheduler: FlowWindowScheduler, steps: int | None, pipeline: str) -> tuple[Any | None, str]:
-    """The FlowMatchEulerDiscreteScheduler whose default call by this pipeline steps exactly as a student's, or None, and why.
-
-    Tried: with the windows' shift (right for pipelines that pass even sigmas), and for windows even in sigma shift 1 ending at 1/K (right
-    for those that pass a number of steps alone, whose call with any other shift spends the last step at almost no noise, diffusers #13243).
+    With the windows' shift: right for pipelines that pass even sigmas. For one step a window also shift 1 ending at 1/K: right for windows
+    even in sigma where a pipeline passes a number of steps alone, whose call with any other shift spends the last step at almost no noise
+    (diffusers #13243).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    count = len(scheduler.windows)
-    steps = count if steps is None else steps
+    made = [FlowMatchEulerDiscreteScheduler(shift=scheduler.config.shift)]
+    if 1 < steps == len(scheduler.windows):
+        made.append(FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=1 / steps))
+    return made
+
+
+def stock_flow(scheduler: FlowWindowScheduler, steps: int) -> tuple[Any | None, str]:
+    """The scheduler of diffusers that starts its steps at the student's own noise levels however a pipeline calls it, with even sigmas or with
+    a number of steps alone, or None; and why."""
     wanted = torch.tensor([*scheduler.grid(steps), scheduler.windows.t_end[-1]])
-    even = [1 - i / steps for i in range(steps)]
-    passed = {"sigmas": even} if pipeline in WITH_SIGMAS else {"num_inference_steps": steps}
-    tries = ({"shift": scheduler.config.shift}, {"shift": 1.0, "shift_terminal": 1 / steps if steps > 1 else None})
     found = []
-    for settings in tries:
-        stock = FlowMatchEulerDiscreteScheduler(**settings)
-        stock.set_timesteps(**passed)
-        off = float((stock.sigmas - wanted).abs().max())
-        if off <= STOCK_TOLERANCE and not (settings.get("shift_terminal") and steps != count):
+    for stock in flow_candidates(scheduler, steps):
+        off = 0.0
+        for passed in ({"num_inference_steps": steps}, {"sigmas": [1 - i / steps for i in range(steps)]}):
+            stock.set_timesteps(**passed)
+            off = max(off, float((stock.sigmas - wanted).abs().max()))
+        if off <= STOCK_TOLERANCE:
             return stock, f"{type(stock).__name__} with {steps} steps starts at the student's own noise levels, to {off:.0e}"
         found.append(off)
     return None, (
@@ -52,15 +54,16 @@ def stock_flow(scheduler: FlowWindowScheduler, steps: int | None, pipeline: str)
     )
 
 
-def stock_scheduler(scheduler: Scheduler, steps: int | None = None, pipeline: str = "") -> tuple[Any | None, str]:
+def stock_scheduler(scheduler: Scheduler, steps: int | None = None) -> tuple[Any | None, str]:
     """The scheduler of diffusers that samples this scheduler's student exactly in ``steps`` steps (None: one a window),
-    or None, and why: DDIMScheduler, or for a flow, whose pipeline's class decides how it is called, its Euler.
+    or None, and why: DDIMScheduler, or for a flow its Euler where every pipeline's call is right with it.
 
     The claim is tried, not assumed: both schedulers take all steps on one random input and must agree to 1e-6 of the
-    result's size.
+    result's size; a flow's must start its steps at the same noise levels. No pipeline takes part, so this is for files,
+    which have none; a folder's scheduler is tried through its pipeline, `reflow.export.trial`.
     """
     if isinstance(scheduler, FlowWindowScheduler):
-        return stock_flow(scheduler, steps, pipeline)
+        return stock_flow(scheduler, len(scheduler.windows) if steps is None else steps)
     from diffusers import DDIMScheduler
 
     count, kind = len(scheduler.windows), scheduler.config.prediction_type

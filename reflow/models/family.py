@@ -20,6 +20,14 @@ from reflow.models.conditioning import Conditioning, unet_rows
 PARTS = ("unet", "vae", "text")
 
 
+# What pipelines of diffusers call the rows that a network is given, where a call hands over ready rows and no prompt.
+OF_PIPELINE = {
+    "encoder_hidden_states": "prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+    "encoder_hidden_states_mask": "prompt_embeds_mask",
+    "pooled_projections": "pooled_prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
+}
 CHARACTERS = 100  # of a token at most: the longest of CLIP's vocabulary has 64
 
 
@@ -75,6 +83,11 @@ class Base:
     def pipeline_call(self, scale: float) -> dict[str, Any]:
         """Arguments by which the base's own pipeline guides as `scale` does here; 1: not at all."""
         return {"guidance_scale": scale}
+
+    def pipeline_prompt(self, rows: Conditioning) -> dict[str, Any]:
+        """Arguments by which the base's own pipeline takes these rows in place of a prompt; a negative prompt's have `negative_` before
+        their names."""
+        return {OF_PIPELINE[name]: tensor for name, tensor in rows.rows.items() if name in OF_PIPELINE}
 
     @property
     def vae_scale_factor(self) -> int:

@@ -76,11 +76,13 @@ def scheduled_noise(scheduler: FlowWindowScheduler) -> Callable[[torch.Tensor, t
 
 
 def first_step(scheduler: Scheduler, strength: float) -> int:
-    """The step that image to image starts with, after set_timesteps. Raises UserError where none would be left."""
+    """The step that image to image starts with, after set_timesteps: what is left is steps * strength, rounded down by the pipelines of Stable
+    Diffusion and SDXL and up by those of flows. Raises UserError where none would be left."""
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength:g}; write a number above 0 (little changes) and up to 1 (all is new).")
     steps = len(scheduler.timesteps)
-    first = steps - min(int(steps * strength), steps)
+    flow = isinstance(scheduler, FlowWindowScheduler)
+    first = int(steps - steps * strength) if flow else steps - min(int(steps * strength), steps)
     scheduler.set_begin_index(first)
     return first
 
@@ -119,8 +121,8 @@ def sample(
     own. ``resolution`` is a side in pixels, or (height, width).
 
     ``init`` [1,C,h,w], latents scaled as the UNet sees them, starts from an image instead of noise: it is noised to
-    the start of the last int(steps * strength) steps, as in diffusers, and only those are run; guidance_scale then
-    counts from the first step that is run. Raises UserError for fewer steps than windows, for prompts and seeds that
+    the start of the last steps * strength steps, rounded as in diffusers (:func:`first_step`), and only those are run;
+    guidance_scale then counts from the first step that is run. Raises UserError for fewer steps than windows, for prompts and seeds that
     differ in number, and for a strength that leaves no step.
     """
     if (windows is None) == (scheduler is None):

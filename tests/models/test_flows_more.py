@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_flows
-from reflow.export import stock_scheduler
 from reflow.export.card import model_card
+from reflow.export.trial import choose
 from reflow.flow import Windows
 from reflow.models.conditioning import denoise
 from reflow.models.flows.base import packed, unpacked
@@ -218,8 +218,9 @@ def test_a_card_calls_the_pipeline_by_the_name_of_its_own_guidance(saved):
 def test_diffusers_own_scheduler_serves_a_student_of_even_windows(saved):
     """Both pipelines call their scheduler with even sigmas, so a folder needs nothing of ours."""
     from_ours = scheduler_for(saved.base, 4)
-    stock, why = stock_scheduler(from_ours, pipeline=saved.family.pipelines[0])
-    assert type(stock).__name__ == "FlowMatchEulerDiscreteScheduler", why
+    choice = choose(saved.base, from_ours)
+    stock = choice.scheduler
+    assert type(stock).__name__ == "FlowMatchEulerDiscreteScheduler", choice.reason
     seen = []
     for scheduler in (from_ours, stock):
         saved.pipe.scheduler = scheduler

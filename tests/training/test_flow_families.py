@@ -157,6 +157,7 @@ def test_the_export_is_sampled_by_the_stock_pipeline_as_by_us(made, stage, reflo
     torch.testing.assert_close(z, ours, atol=2e-5, rtol=1e-4)
     card = (tmp_path / "student" / "README.md").read_text()
     assert ("FlowWindowScheduler" in card) and ("needs no package" not in card)
+    assert f"tried through {base.family.pipelines[0]} to " in card
 
 
 def test_an_image_to_image_pipeline_starts_where_we_do(made, reflow, tmp_path):
@@ -174,7 +175,7 @@ def test_an_image_to_image_pipeline_starts_where_we_do(made, reflow, tmp_path):
     base = family(name).load(folder / "base")
     base.unet.load_state_dict(student_state(base.unet.state_dict(), folder / "run" / "stage-1" / "unet_ema.safetensors"))
     clean = torch.randn(1, *base.latent_shape(SIDE), generator=torch.Generator().manual_seed(9))
-    for strength in (0.5, 1.0):
+    for strength in (0.3, 0.5, 0.6, 1.0):  # of four steps: two, two, three and four, as flows' pipelines round
         theirs = pipe("a b", image=clean, strength=strength, num_inference_steps=4, guidance_scale=1.0, height=SIDE, width=SIDE,
                       generator=[torch.Generator().manual_seed(3)], output_type="latent").images  # fmt: skip
         ours = sample(base, base.unet, ["a b"], 4, [3], windows=Windows(tuple(recipe.stages[0].edges)), network_time="flow", resolution=SIDE,

@@ -35,7 +35,8 @@ class FluxBase(FlowBase):
         return rows
 
     def pipeline_call(self, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": self.family.guidance or GUIDANCE} if self.network_config.get("guidance_embeds") else {}
+        told = {"guidance_scale": self.family.guidance or GUIDANCE} if self.network_config.get("guidance_embeds") else {}
+        return told | ({"true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else {})
 
     def example_rows(self) -> dict[str, tuple[int, ...]]:
         config = self.network_config

@@ -37,14 +37,21 @@ class ZImageBase(FlowBase):
     def pipeline_call(self, scale: float) -> dict[str, Any]:
         return {"guidance_scale": max(scale - 1.0, 0.0)}
 
+    def pipeline_prompt(self, rows: Conditioning) -> dict[str, Any]:
+        return {"prompt_embeds": captions_of(rows)}
+
     def example_rows(self) -> dict[str, tuple[int, ...]]:
         return {"cap_feats": (TOKENS, self.network_config["cap_feat_dim"]), "cap_mask": (TOKENS,)}
 
 
 def call_z_image(network: Any, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-    captions = [rows[:length] for rows, length in zip(conditioning.cap_feats, lengths(conditioning.cap_mask), strict=True)]
-    output = network(list(sample[:, :, None].unbind(0)), (1000 - timestep) / 1000, captions, return_dict=False)[0]
+    output = network(list(sample[:, :, None].unbind(0)), (1000 - timestep) / 1000, captions_of(conditioning), return_dict=False)[0]
     return -torch.stack(list(output))[:, :, 0]
+
+
+def captions_of(conditioning: Conditioning) -> list[torch.Tensor]:
+    """Each caption [T,D] at its own length."""
+    return [rows[:length] for rows, length in zip(conditioning.cap_feats, lengths(conditioning.cap_mask), strict=True)]
 
 
 def lengths(mask: torch.Tensor) -> list[int]:
