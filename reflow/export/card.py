@@ -92,13 +92,14 @@ def _call(steps: int, card: Mapping[str, Any]) -> str:
 
 
 def _use_folder(
-    card: Mapping[str, Any], name: str, scheduler: Scheduler, steps: int, stock: bool, reason: str, dtype: str
+    card: Mapping[str, Any], name: str, scheduler: Scheduler, steps: int, stock: bool, reason: str, dtype: str, left_out: Sequence[str]
 ) -> list[str]:
     count, ours = len(scheduler.windows), type(scheduler).__name__
     flow = isinstance(scheduler, FlowWindowScheduler)
     own = scheduler_code(scheduler, False) if flow else f"{ours}.from_config(pipe.scheduler.config, num_time_windows={count})"
     imports = [] if stock else ["import reflow.sampling  # the scheduler's class"]
-    load = f'pipe = DiffusionPipeline.from_pretrained("{name}")'
+    without = "".join(f", {part}=None" for part in left_out)
+    load = f'pipe = DiffusionPipeline.from_pretrained("{name}"{without})'
     lines = _python("from diffusers import DiffusionPipeline", *imports, "", load, _call(steps, card))
     if dtype in HALVES:
         lines += [
@@ -180,11 +181,13 @@ def model_card(
     reason: str,
     kind: str = "folder",
     dtype: str = "fp32",
+    left_out: Sequence[str] = (),
 ) -> str:
     """Markdown with a Hugging Face header. ``card`` keys recipe, data, steps, guidance and evaluation come in that
     order, then the rest; license, base, family and title go where a hub reader looks for them. Values may be text,
     numbers, mappings or rows. ``kind`` is what was written: "folder" or a format of `reflow export` that is a file;
-    ``dtype`` is that of a folder's UNet, "fp32", "fp16" or "bf16"."""
+    ``dtype`` is that of a folder's UNet, "fp32", "fp16" or "bf16"; ``left_out`` are parts that a folder has not and from_pretrained
+    must be told so."""
     count = len(scheduler.windows)
     steps = steps or count
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["reflow", "few-step"]}
@@ -200,7 +203,7 @@ def model_card(
         "",
     ]
     if kind == "folder":
-        lines += _use_folder(card, name, scheduler, steps, stock, reason, dtype)
+        lines += _use_folder(card, name, scheduler, steps, stock, reason, dtype, left_out)
     else:
         lines += _use_file(kind, card, name, scheduler, steps, stock)
     boundaries = ", ".join(f"{t:g}" for t in scheduler.windows.boundaries)

@@ -123,6 +123,16 @@ def _copy_parts(base: Path, index: dict[str, Any], out: Path, link: bool) -> Non
             _single_precision(out / name / "config.json")
 
 
+def _left_out(index: Mapping[str, Any]) -> list[str]:
+    """The parts that a folder has not (an SD3 without T5) and that from_pretrained of its pipeline's class refuses to do without unless it is
+    told so; model_index.json's null is not enough."""
+    import diffusers
+
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    optional = getattr(kind, "_optional_components", OPTIONAL_PARTS)
+    return [name for name, value in index.items() if value == [None, None] and name not in optional]
+
+
 def export_folder(
     base: str | Path | Base,
     unet_state: str | Path | State,
@@ -193,6 +203,7 @@ def export_folder(
                 stock=choice.stock,
                 reason=choice.reason,
                 dtype=next((name for name, kind in DTYPES.items() if kind == dtype_of(dtype)), "fp32"),
+                left_out=_left_out(index),
             ),
             encoding="utf-8",
         )

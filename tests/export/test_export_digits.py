@@ -1,5 +1,8 @@
 """Exporting a student of the committed digits model, and its delta."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
@@ -74,3 +77,21 @@ def test_the_delta_rebuilds_the_student_and_says_how_to_export_it(student, tmp_p
 def test_digits_have_no_single_file(student, tmp_path):
     with pytest.raises(UserError, match="two text encoders of one width"):
         export_single_file(BUILTIN, student, tmp_path / "digits.safetensors")
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-flow"])
+def test_the_card_loads_and_samples_as_it_stands(name, tmp_path, monkeypatch):
+    """The flow's base has no third text encoder, which from_pretrained must be told."""
+    base = family(name).load(parts=("unet",))
+    flow = name == "digits-flow"
+    monkeypatch.chdir(tmp_path)
+    export_folder(base, base.unet.state_dict(), "out", windows=2, network_time="flow" if flow else None, card={"guidance": 2.0})
+    code = re.search(r"```python\n(.*?)```", Path("out/README.md").read_text(), re.S)[1]
+    assert ('from_pretrained("out", text_encoder_3=None, tokenizer_3=None)' in code) == flow
+    assert ('from_pretrained("out")' in code) != flow
+    said: dict = {}
+    exec(code, said)
+    assert said["image"].size == (16, 16)
+    if flow:
+        with pytest.raises(ValueError, match="only .* were passed"):
+            DiffusionPipeline.from_pretrained("out")
