@@ -41,7 +41,7 @@ def noises(seed: int, indices: Sequence[int], shape: Sequence[int]) -> torch.Ten
 
 
 def teacher_method(base: Base, steps: int, guidance_scale: float = 1.0) -> Method:
-    """The base's own DDIM: equal steps from index to index, also where their number does not divide 1000."""
+    """The base's own DDIM, of a flow Euler: equal steps from index to index, also where their number does not divide 1000."""
 
     def draw(noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         seeds = range(len(noise))
@@ -95,7 +95,7 @@ def trajectory(
 ) -> torch.Tensor:
     """Path [S+1,B,C,h,w] through the S pieces of `fine`, one step each.
 
-    student None: the base's own DDIM. Else Euler steps of the student's own velocity. Guided above 1.
+    student None: the base's own DDIM, of a flow Euler. Else Euler steps of the student's own velocity. Guided above 1.
     """
     schedule, device = base.schedule(), next(unet.parameters()).device
     scale = guidance_scale if guidance_scale > 1 else None

@@ -111,7 +111,7 @@ def summary(report: Mapping[str, Any]) -> str:
         groups[verdict].append(f"{d['steps']}{stage}")
     sentences = [
         f"With {listed(steps)} step{'' if len(steps) == 1 and steps[0].split()[0] == '1' else 's'} the student is {verdict} the teacher's"
-        f" {report['settings']['teacher_steps']} steps than the teacher's own DDIM with as many."
+        f" {report['settings']['teacher_steps']} steps than the teacher's own {table.own_sampler(report)} with as many."
         for verdict, steps in groups.items()
         if steps
     ]
@@ -120,10 +120,10 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def worse(report: Mapping[str, Any]) -> list[str]:
     """Sentences on everything that the intervals say got worse, of all students and step counts; none where nothing did."""
-    reference = report["settings"]["teacher_steps"]
+    reference, own = report["settings"]["teacher_steps"], table.own_sampler(report)
     kinds = (
-        ("images", "Further from the teacher's images than its own DDIM with as many steps"),
-        ("frechet", "Further from real scans (FD) than the teacher's own DDIM with as many steps"),
+        ("images", f"Further from the teacher's images than its own {own} with as many steps"),
+        ("frechet", f"Further from real scans (FD) than the teacher's own {own} with as many steps"),
         ("frechet_to_reference", f"Further from real scans (FD) than the teacher's {reference} steps"),
     )
     lines = []
@@ -177,7 +177,7 @@ def reading(report: Mapping[str, Any]) -> str:
     return (
         "Paired error: root mean square pixel distance (pixels from -1 to 1) to the teacher's"
         f" {settings['teacher_steps']} steps from the same noise and prompt, mean over samples. The next column is its"
-        " difference to the teacher's own DDIM with as many steps, sample by sample. FD: Fréchet distance to"
+        f" difference to the teacher's own {table.own_sampler(report)} with as many steps, sample by sample. FD: Fréchet distance to"
         f" {report['real_scans']} real scans on {report['classifier']['features']} features of a classifier ({equal})."
         f" Real against real is {floor['mean']:.2f} (spread {floor['sd']:.2f} over {floor['splits']} random splits) for"
         f" disjoint sets of {floor['set_size']} scans with equal digits and {floor['smaller_mean']:.2f} for sets of"
@@ -199,7 +199,7 @@ def differences_table(report: Mapping[str, Any]) -> str:
         for d in report["differences"]
     ]
     note = (
-        "Mean and 95 % interval of the student's value less that of the teacher's own DDIM with as many steps, and in"
+        f"Mean and 95 % interval of the student's value less that of the teacher's own {table.own_sampler(report)} with as many steps, and in"
         f" the last column of its {reference} steps: over samples for paired errors, over sampling seeds for FD."
         " Negative is better."
     )

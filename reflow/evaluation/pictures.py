@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from reflow.evaluation.table import own_sampler
+
 INK, MUTED, LINE = "#1c2430", "#66707d", "#d9dee5"
 TEACHER, STUDENT, LAST = "#7a828e", "#1f6fb4", "#d1622b"
 
@@ -132,12 +134,13 @@ def _pyplot() -> Any:
     return plt
 
 
-def series(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+def series(report: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     """(name, colour, rows by steps): the teacher, the students at one step a window, the last student at more steps."""
+    methods = report["methods"]
     students = [m for m in methods if m["windows"]]
     last, label = students[-1]["windows"], students[-1]["method"]
     groups = [
-        ("teacher's own DDIM", TEACHER, [m for m in methods if not m["windows"]]),
+        (f"teacher's own {own_sampler(report)}", TEACHER, [m for m in methods if not m["windows"]]),
         ("students, one step a window", STUDENT, [m for m in students if m["steps"] == m["windows"]]),
         (f"the {last}-window student at more steps", LAST, [m for m in students if m["method"] == label]),
     ]
@@ -152,7 +155,7 @@ def quality(report: Mapping[str, Any], path: Path) -> None:
     place = {s: i for i, s in enumerate(steps)}
     aside = {TEACHER: -0.05, STUDENT: 0.0, LAST: 0.05}  # so that no interval hides another
     for axis, key in zip(axes, ("paired_images", "frechet"), strict=True):
-        for name, colour, rows in series(report["methods"]):
+        for name, colour, rows in series(report):
             rows = [m for m in rows if key in m]
             means = [m[key]["mean"] for m in rows]
             reach = [0 if m[key]["low"] is None else m[key]["high"] - m[key]["mean"] for m in rows]

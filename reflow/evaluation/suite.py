@@ -200,6 +200,7 @@ class Suite:
         seconds = {"sampling": sampled - start, "timing": timed - sampled, "measures": time.perf_counter() - timed}
         return {
             "recipe": run.recipe.name,
+            "teacher_sampler": "Euler" if self.base.prediction_type == "velocity" else "DDIM",
             "training_seed": run.recipe.train.seed,
             "settings": asdict(settings),
             "weights": {f"stage-{s.stage + 1}": s.digest() for s in run.students},
@@ -215,7 +216,7 @@ class Suite:
         }
 
     def difference(self, method: Method, draws: list[Drawn]) -> dict[str, Any]:
-        """A student less the teacher's own DDIM with as many steps: paired errors sample by sample, Fréchet distances
+        """A student less the teacher's own sampler with as many steps: paired errors sample by sample, Fréchet distances
         sampling seed by sampling seed; and its Fréchet distance less that of the reference (`frechet_to_reference`)."""
         reference, own = self.teacher_draws[self.settings.teacher_steps], self.teacher_draws[method.steps]
         result = named(method)

@@ -17,6 +17,13 @@ def with_interval(value: Mapping[str, Any] | None, digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f} ± {(value['high'] - value['low']) / 2:.{digits}f}"
 
 
+def own_sampler(report: Mapping[str, Any]) -> str:
+    """What a teacher's own steps are called: Euler of a flow, DDIM of any other base. Reports from before `teacher_sampler` are told by
+    the recipe, where they have it."""
+    student = report.get("resolved_recipe", {}).get("student", {})
+    return str(report.get("teacher_sampler") or ("Euler" if student.get("network_time") == "flow" else "DDIM"))
+
+
 def rows(methods: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Cells as text, one tuple a method, in the order of HEAD."""
     own = {(d["method"], d["steps"]): d["images"] for d in differences}

@@ -168,8 +168,10 @@ def gather(reports: Sequence[dict[str, Any]], training_seconds: Sequence[float])
         "machine",
         "versions",
     )
+    told = {key: first[key] for key in ("teacher_sampler",) if key in first}  # reports from before it are kept too
     return {
         **{key: first[key] for key in kept},
+        **told,
         "training_seeds": [r["training_seed"] for r in reports],
         "training_seconds": [round(s, 1) for s in training_seconds],
         "evaluation_seconds": [r["seconds"] for r in reports],

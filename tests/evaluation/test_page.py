@@ -43,6 +43,18 @@ def test_the_headline_tells_what_got_worse_and_nothing_else():
     assert page.more(report["differences"][1], "frechet") and not page.more(report["differences"][1], "images")
 
 
+def test_a_teachers_sampler_has_its_own_name():
+    """Of a flow it is Euler: as the report says, or in one from before it did as its recipe does."""
+    report = copy.deepcopy(REPORT)
+    report["differences"][2]["images"] = interval(0.05)
+    by_recipe = {"resolved_recipe": {"student": {"network_time": "flow"}}}
+    for told, name in (({}, "DDIM"), ({"teacher_sampler": "Euler"}, "Euler"), (by_recipe, "Euler"), ({"teacher_sampler": "DDIM"} | by_recipe, "DDIM")):
+        assert page.worse(report | told)[0].startswith(f"Further from the teacher's images than its own {name} with as many steps: ")
+        assert f"than the teacher's own {name} with as many" in page.summary(report | told)
+        assert pictures.series(told | {"methods": [{"windows": None, "steps": 4, "method": "teacher"}, {"windows": 4, "steps": 4, "method": "student"}]})[0][0] \
+            == f"teacher's own {name}"  # fmt: skip
+
+
 @pytest.mark.parametrize("text, shown", [
     ("--run-dir=/home/me/my runs/x/", "--run-dir=.../x"), ("/a/b/c.toml", ".../c.toml"), ("~/secret/x", ".../x"),
     ('data.path=["/a/b","/c/d e"]', 'data.path=[".../b",".../d e"]'), ("stabilityai/sdxl", "stabilityai/sdxl"), ("runs/x", "runs/x"),
@@ -70,7 +82,7 @@ def test_students_of_as_many_windows_are_told_apart(tmp_path):
     shown = pictures.ordered(dict.fromkeys([(labels[1], 1), (labels[0], 1), ("teacher", 1), ("teacher", 32)]))
     assert shown[:2] == [("teacher", 32), ("teacher", 1)] and set(shown[2:]) == {(label, 1) for label in labels}
     methods = [{"method": label, "windows": 1, "steps": steps} for label, steps in ((labels[0], 1), (labels[1], 1), (labels[1], 4))]
-    assert [m["method"] for m in pictures.series(methods)[-1][2]] == [labels[1]] * 2
+    assert [m["method"] for m in pictures.series({"methods": methods})[-1][2]] == [labels[1]] * 2
     report = {**REPORT, "differences": [{**difference(label, 1, 1, -0.1, 0, 0), "stage": i + 1} for i, label in enumerate(labels)]}
     assert page.summary(report).startswith("With 1 (stage 1) or 1 (stage 2) steps the student is closer to the teacher's 32 steps")
     report["differences"] = report["differences"][:1]
