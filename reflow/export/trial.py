@@ -70,13 +70,17 @@ def choose(base: Base | str, scheduler: Scheduler, steps: int | None = None, gui
     if isinstance(base, str):
         return untried(scheduler, alone, why, base)
     stocks = flow_candidates(scheduler, steps) if isinstance(scheduler, FlowWindowScheduler) else [alone] * (alone is not None)
-    trial, tried = Trial(base, scheduler, steps, guidance), []
+    trial = outcome(lambda: Trial(base, scheduler, steps, guidance))
+    if isinstance(trial, str):
+        return untried(scheduler, alone, why, trial)
+    tried: list[tuple[Any, dict[str, Found]]] = []
     for candidate in (*stocks, scheduler):
         tried.append((candidate, trial.found(candidate)))
         if exact(tried[-1][1][trial.name]) and not any(wrong(one) for one in tried[-1][1].values()):
             break
-    else:  # none serves image to image as well, or none at all
-        tried = [one for one in tried if exact(one[1][trial.name])][:1] or tried
+    else:  # none serves image to image as well: the first that serves text, if there is one
+        end = next((i + 1 for i, (_, found) in enumerate(tried) if exact(found[trial.name])), len(tried))
+        tried = tried[:end]
     chosen, found = tried[-1]
     first = found[trial.name]
     if not exact(first):
@@ -100,7 +104,7 @@ def exact(found: Found) -> bool:
 
 
 def wrong(found: Found) -> bool:
-    return not isinstance(found, str) and not found <= TOLERANCE
+    return not isinstance(found, str) and found > TOLERANCE
 
 
 def worst(found: Mapping[str, Found]) -> tuple[str, Found]:
@@ -181,7 +185,8 @@ class Trial:
         """Of the pipeline's latents from ours, as a share of ours; strength None: from text alone."""
         ours, theirs = self.ours(strength), self.theirs(name, candidate, strength)
         ours = packed(ours) if theirs.ndim == 3 else ours
-        return ((theirs - ours).norm() / ours.norm()).item()
+        error = ((theirs - ours).norm() / ours.norm()).item()
+        return math.inf if math.isnan(error) else error
 
     def _ours(self, strength: float | None) -> torch.Tensor:
         start = {} if strength is None else {"strength": strength, "init": self.base.encode_images(2 * self.pixels - 1)}
@@ -215,9 +220,9 @@ def copied(scheduler: Any) -> Any:
     return type(scheduler).from_config(scheduler.config)
 
 
-def outcome(measure: Callable[[], float]) -> Found:
-    """A distance, or why a pipeline of this version of diffusers cannot be made or called with stand-ins."""
+def outcome(measure: Callable[[], Any]) -> Any:
+    """What it gives, or why a pipeline of this version of diffusers, or of a family of someone's own, cannot be made or called with stand-ins."""
     try:
         return measure()
-    except Exception as error:  # noqa: BLE001 - other versions read and ask what this one does not
+    except Exception as error:  # noqa: BLE001 - other versions and families read and ask what these do not
         return f"{type(error).__name__}: {reason_of(error)}"

@@ -22,7 +22,7 @@ from reflow.export import export_folder
 from reflow.export.stand_in import stand_ins
 from reflow.export.trial import TOLERANCE, Trial, base_of, choose
 from reflow.flow import Windows
-from reflow.models import family
+from reflow.models import FlowBase, family
 from reflow.sampling import FlowWindowScheduler, PiecewiseFlowScheduler, scheduler_for
 
 BUILT_IN = ("digits", "digits-flow")
@@ -190,6 +190,7 @@ def test_image_to_image_that_no_scheduler_mends_is_said(bases, monkeypatch, name
     choice = choose(bases(name), scheduler_for(bases(name), 4))
     assert choice.stock == (name in EVEN_SIGMAS) and choice.found[bases(name).family.pipelines[0]] < TOLERANCE
     assert choice.found[kind.__name__] > 1e-2
+    assert ("with diffusers' own FlowMatchEulerDiscreteScheduler end 0." in choice.reason) != choice.stock
     assert f"image to image does not start where the student's does: 4 steps of {kind.__name__} end 0." in choice.reason
 
 
@@ -258,6 +259,21 @@ def test_a_pipeline_that_cannot_be_tried_gets_what_is_right_however_it_is_called
             for passed in ({"num_inference_steps": steps}, {"sigmas": even}):
                 choice.scheduler.set_timesteps(**passed)
                 assert choice.scheduler.sigmas.tolist() == [*even, 0.0]
+
+
+def test_a_family_that_cannot_stand_in_is_exported_without_a_trial(bases, monkeypatch):
+    """Someone's own may not say the shapes of its rows."""
+    base = bases("sd3")
+    monkeypatch.setattr(type(base), "example_rows", FlowBase.example_rows)
+    choice = choose(base, scheduler_for(base, 4))
+    assert not choice.stock and choice.reason.endswith("it was not tried through a pipeline (NotImplementedError: NotImplementedError)")
+
+
+def test_a_result_that_is_no_number_is_wrong(bases, monkeypatch):
+    as_called(monkeypatch, "StableDiffusion3Img2ImgPipeline", lambda told: told | {"timestep": told["timestep"] * float("nan")})
+    choice = choose(bases("sd3"), scheduler_for(bases("sd3"), 4))
+    assert choice.found["StableDiffusion3Pipeline"] < TOLERANCE and choice.found["StableDiffusion3Img2ImgPipeline"] == float("inf")
+    assert "image to image does not start where the student's does: 4 steps of StableDiffusion3Img2ImgPipeline end inf of the result" in choice.reason
 
 
 def test_a_class_that_no_family_takes_is_exported_without_a_trial(tmp_path):
