@@ -220,7 +220,7 @@ def test_the_exported_folder_samples_as_the_run_does(reflow, run_dir, student, w
     assert reflow("export", "--run-dir", run_dir, "--out", "student", "--dtype", "fp32") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "diffusers folder of tiny (stage 2 of 2, 2 windows): student"
-    assert said[1].startswith("scheduler: DDIMScheduler, so it needs no package of ours. Stock DDIM with 2 steps")
+    assert said[1].startswith("scheduler: DDIMScheduler, so it needs no package of ours. 2 steps with DDIMScheduler")
     assert reflow("sample", *in_fp32("--model", "student", "--prompt", SEVEN, "--prompt", "a two")) == 0
     wanted = sample(student, student.unet, [SEVEN, "a two"], 2, [0, 1], windows=2).images
     assert same("samples/00000.png", wanted[0]) and same("samples/00001.png", wanted[1])

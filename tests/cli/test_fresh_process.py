@@ -114,7 +114,7 @@ def test_commands_print_their_own_lines_and_nothing_else(run_dir, tmp_path):
         ("merge", "--base", "builtin", "--delta", "delta.safetensors", "--out", "merged"),
     )
     assert done.stderr == ""
-    ends = "needs no package of ours. Stock DDIM with 2 steps agrees to"
+    ends = "needs no package of ours. 2 steps with DDIMScheduler are the student"
     wanted = [
         "1 image, 2 steps by tiny, stage 2: samples/00000.png",
         "exit code 0",
