@@ -8,6 +8,7 @@ PyTorch's own host time and next to no arithmetic. Times are of this machine's C
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +95,7 @@ def cases() -> dict[str, Callable[[], dict[str, Callable[[], Any]]]]:
         "aligned_v_loss, forward and backward": lambda: _loss(backward=True),
         "window_chord": _chord,
         "cfg_combine": _guidance,
+        "fused_adamw": _adamw,
     }
 
 
@@ -141,6 +143,38 @@ def _chord() -> dict[str, Callable[[], Any]]:
         "eager": lambda: peers.chord_eager(start, end, *wide, half),
         "ours": lambda: reflow_kernels.window_chord(start, end, tau, dt, input_dtype=half, backend="triton"),
     }
+
+
+def _adamw() -> dict[str, Callable[[], Any]]:
+    """One parameter's step with the gradient's scale, the average and the copy; torch.optim's own loop over parameters is in its two."""
+    import reflow_kernels
+
+    generator, size = _generator(), math.prod(SHAPE)
+    weights, first, second, average = (torch.rand(size, generator=generator) for _ in range(4))
+    gradient, copy, scale = torch.randn(size, generator=generator), torch.empty(size, dtype=torch.bfloat16), torch.ones(())
+    rates = dict(weight_decay=0.01, eps=1e-8)
+
+    def stock(**form: bool) -> Callable[[], Any]:
+        parameter = torch.nn.Parameter(weights.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=1e-5, betas=(0.9, 0.999), **rates, **form)
+
+        @torch.no_grad()
+        def run() -> None:
+            parameter.grad = gradient * scale
+            optimizer.step()
+            average.lerp_(parameter, 1e-3)
+            copy.copy_(parameter)
+
+        return run
+
+    return {
+        "published": stock(foreach=True),
+        "eager": stock(fused=True),
+        "ours": lambda: reflow_kernels.fused_adamw(
+            weights, gradient, first, second, learning_rate=1e-5, beta1=0.9, beta2=0.999, step=7, grad_scale=scale, average=average,
+            decay=0.999, copy=copy, backend="triton", **rates,
+        ),
+    }  # fmt: skip
 
 
 def _guidance() -> dict[str, Callable[[], Any]]:

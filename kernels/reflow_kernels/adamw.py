@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, launch, plans, reference
 from .adamw_reference import BLOCK, Scalar, correction, logarithm
 from .registration import Op
 
 SCALARS = ("grad_scale", "learning_rate", "step", "decay")
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
+DTYPES = {"grad": checks.FLOATS, "copy": checks.FLOATS, "state1": (torch.uint8,), "state2": (torch.uint8,)}
 
 
 class Operands(NamedTuple):
@@ -110,15 +112,8 @@ def fused_adamw(
             requires a gradient.
         RuntimeError: the asked backend cannot run here.
     """
-    written = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check(written, {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}, grad, average, copy)
-    scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
-    _check_memory(
-        {**written, "average": average, "copy": copy}, {"grad": grad, **dict(zip(SCALARS, scalars, strict=True))}
-    )
-    numbers = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay))
-    given = (param, grad, exp_avg, exp_avg_sq, average, copy, *scalars)
-    _call(_ADAMW, Operands._make((*given, *numbers, backend, strict)), (param, exp_avg, exp_avg_sq, average, copy))
+    tensors, scalars = (param, grad, exp_avg, exp_avg_sq, average, copy), (grad_scale, learning_rate, step, decay)
+    _take(_ADAMW, tensors, scalars, (beta1, beta2, eps, weight_decay), backend, strict)
 
 
 def fused_adamw8bit(
@@ -157,52 +152,71 @@ def fused_adamw8bit(
     Raises:
         As :func:`fused_adamw`.
     """
-    written = {"param": param, "state1": state1, "state2": state2}
-    _check(written, {"state1": torch.uint8, "state2": torch.uint8}, grad, average, copy)
-    scales, maps = {"absmax1": absmax1, "absmax2": absmax2}, {"qmap1": qmap1, "qmap2": qmap2}
-    for name, value in {**scales, **maps}.items():
-        _flat(name, value, param, (torch.float32,), BLOCK if name in maps else -(-param.numel() // BLOCK))
-    scalars, plain = _scalars(param, grad_scale, learning_rate, step, decay)
-    read = {"grad": grad, **maps, **dict(zip(SCALARS, scalars, strict=True))}
-    _check_memory({**written, **scales, "average": average, "copy": copy}, read)
-    numbers = (*plain, float(beta1), float(beta2), float(eps), float(weight_decay))
-    given = (param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy, *scalars)
-    written8bit = (param, state1, state2, absmax1, absmax2, average, copy)
-    _call(_ADAMW8BIT, Operands8bit._make((*given, *numbers, backend, strict)), written8bit)
+    tensors = (param, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, average, copy)
+    scalars = (grad_scale, learning_rate, step, decay)
+    _take(_ADAMW8BIT, tensors, scalars, (beta1, beta2, eps, weight_decay), backend, strict)
 
 
-def _call(op: Op, operands: Any, written: tuple[Tensor | None, ...]) -> None:
-    """Run the step directly where nothing wants to see the op, else through torch.library.
-
-    On a CPU too, where a small network has many small parameters and the dispatcher takes longer than their step.
-    """
-    if dispatch.runs_directly(op.name, operands.backend, operands.strict, *_tensors(operands)):
-        op.run(operands)
-        torch.autograd.graph.increment_version(tuple(t for t in written if t is not None))
-    else:
-        op(operands)
-
-
-def _tensors(operands: Any) -> Any:
-    return (value for value in operands if isinstance(value, Tensor))
-
-
-def _check(
-    written: dict[str, Tensor],
-    dtypes: dict[str, torch.dtype],
-    grad: Tensor,
-    average: Tensor | None,
-    copy: Tensor | None,
+def _take(
+    op: Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...], floats: tuple[float, ...], backend: str, strict: bool
 ) -> None:
-    param = written["param"]
+    """One step: ``tensors`` are the first operands of ``op``, ``scalars`` are those of SCALARS."""
+    key = plans.signature(op.name, (*tensors, *scalars), backend, strict)
+    plan = plans.find(key) or plans.keep(key, _plan(op, tensors, scalars, backend, strict))
+    plan(tensors, scalars, floats)
+
+
+def _plan(op: Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...], backend: str, strict: bool) -> plans.Plan:
+    """Check a call and say how calls like it run."""
+    param = tensors[0]
     size = param.numel() if isinstance(param, Tensor) else 0
-    for name, value in written.items():
-        _flat(name, value, param, (dtypes.get(name, torch.float32),), size)
-    _flat("grad", grad, param, checks.FLOATS, size)
-    if average is not None:
-        _flat("average", average, param, (torch.float32,), size)
-    if copy is not None:
-        _flat("copy", copy, param, checks.FLOATS, size)
+    sizes = dict.fromkeys(("absmax1", "absmax2"), -(-size // BLOCK)) | dict.fromkeys(("qmap1", "qmap2"), BLOCK)
+    for name, value in zip(op.operands._fields, tensors, strict=False):
+        if value is not None or name not in ("average", "copy"):
+            _flat(name, value, param, DTYPES.get(name, (torch.float32,)), sizes.get(name, size))
+    for name, value in zip(SCALARS, scalars, strict=True):
+        _check_scalar(name, value, param)
+    given = [value for value in (*tensors, *scalars) if isinstance(value, Tensor)]
+    direct = dispatch.runs_directly(op.name, backend, strict, *given)
+    kept = direct and dispatch.select(op.name, param.device, backend, strict) == "triton" and size > 0
+    return _Calls(op, direct, dispatch.triton_module("adamw") if kept else None, (backend, strict))
+
+
+class _Calls:
+    """Calls of one signature: through the dispatcher, with ``direct`` around it, with ``kernels`` by a prepared launch.
+
+    Around it on a CPU too, where a small network has many small parameters and the dispatcher takes longer than their
+    step.
+    """
+
+    def __init__(self, op: Op, direct: bool, kernels: Any, options: tuple[str, bool]):
+        self.op, self.direct, self.kernels, self.options = op, direct, kernels, options
+        self.launch: launch.Launch | None = None
+        self.apart = plans.Apart(functools.partial(_check_memory, op))
+
+    def __call__(self, tensors: tuple[Any, ...], scalars: tuple[Any, ...], floats: tuple[float, ...]) -> None:
+        places, rates = _split(scalars)
+        given = (*tensors, *places)
+        if self.direct:
+            self.apart(given)
+        else:
+            _check_memory(self.op, *given)
+        floats = (*rates, *map(float, floats))
+        if self.kernels is not None:
+            moments = given[2:-6] if self.op is _ADAMW8BIT else (*given[2:4], None, None, None, None)
+            if self.launch is None:
+                self.launch = self.kernels.prepare(*given[:2], self.kernels.Moments(*moments), *tensors[-2:])
+            of_step = _numbers(*floats)
+            launch.start(self.launch, *given[:2], *moments, *given[-6:], tensors[0].numel(), *of_step)
+        else:
+            run = self.op.run if self.direct else self.op
+            run(self.op.operands._make((*given, *floats, *self.options)))
+        if self.direct:
+            torch.autograd.graph.increment_version(self._written(tensors))
+
+    def _written(self, tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        named = zip(self.op.operands._fields, tensors, strict=False)
+        return tuple([value for name, value in named if name in self.op.mutates and value is not None])
 
 
 def _flat(name: str, value: object, param: Tensor, dtypes: tuple[torch.dtype, ...], size: int) -> None:
@@ -220,51 +234,47 @@ def _flat(name: str, value: object, param: Tensor, dtypes: tuple[torch.dtype, ..
     checks.no_grad(name, value, "an optimizer's step has none")
 
 
-def _check_memory(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+def _check_scalar(name: str, value: object, param: Tensor) -> None:
+    """A number, or a tensor of one element on param's device; a gradient's scale is no number."""
+    if isinstance(value, Tensor):
+        dtypes = COUNTS if name == "step" else checks.PRECISE
+        if value.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {value.dtype}; expected {checks._names(dtypes)}.")
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected one element.")
+        checks.same_device(name, value, param, "param")
+        checks.no_grad(name, value, "an optimizer's step has none")
+    elif name == "grad_scale" and value is not None:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected None or a one-element tensor.")
+    elif name != "grad_scale" and not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a one-element tensor.")
+
+
+def _split(scalars: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """Those that are tensors, None where they are none; and the last three where they are numbers, 1 where they are
+    tensors."""
+    places = tuple([value.reshape(()) if isinstance(value, Tensor) else None for value in scalars])
+    rates = tuple([1.0 if isinstance(value, Tensor) else float(value) for value in scalars[1:]])
+    if rates[1] < 1:
+        raise ValueError(f"step is {rates[1]:g}; expected the number of this step, from 1.")
+    return places, rates
+
+
+def _check_memory(op: Op, *given: Tensor | None) -> None:
     """Refuse what is written where another program of the kernel still reads or writes."""
-    named = [*written.items(), *read.items()]
-    if torch.compiler.is_compiling() or any(t is not None and type(t) not in dispatch.PLAIN for _, t in named):
+    if torch.compiler.is_compiling() or any(t is not None and type(t) not in dispatch.PLAIN for t in given):
         return
     places = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
-        for name, tensor in named
+        for name, tensor in zip(op.operands._fields, given, strict=False)
         if tensor is not None and tensor.numel()
     ]
-    ours = sorted(place for place in places if place[2] in written)
+    ours = sorted(place for place in places if place[2] in op.mutates)
     pairs = list(zip(ours, ours[1:], strict=False))
-    pairs += [(place, other) for other in places if other[2] in read for place in ours]
+    pairs += [(place, other) for other in places if other[2] not in op.mutates for place in ours]
     for (begin, end, one), (first, last, other) in pairs:
         if begin < last and first < end:
             raise ValueError(f"{one} and {other} share memory; give each a buffer of its own.")
-
-
-def _scalars(
-    param: Tensor, grad_scale: Tensor | None, learning_rate: Scalar, step: Scalar, decay: Scalar
-) -> tuple[tuple[Tensor | None, ...], tuple[float, float, float]]:
-    """(grad_scale, learning_rate, step and decay where they are tensors; the last three where they are numbers)."""
-    if grad_scale is not None and not isinstance(grad_scale, Tensor):
-        raise TypeError(f"grad_scale is a {type(grad_scale).__name__}; expected None or a one-element tensor.")
-    device: list[Tensor | None] = []
-    host: list[float] = []
-    for name, value in zip(SCALARS, (grad_scale, learning_rate, step, decay), strict=True):
-        if isinstance(value, Tensor):
-            dtypes = COUNTS if name == "step" else checks.PRECISE
-            if value.dtype not in dtypes:
-                raise TypeError(f"{name} has dtype {value.dtype}; expected {checks._names(dtypes)}.")
-            if value.numel() != 1:
-                raise ValueError(f"{name} has shape {list(value.shape)}; expected one element.")
-            checks.same_device(name, value, param, "param")
-            checks.no_grad(name, value, "an optimizer's step has none")
-            device.append(value.reshape(()))
-            host.append(1.0)
-        elif value is None or isinstance(value, numbers.Real):
-            device.append(None)
-            host.append(1.0 if value is None else float(value))
-        else:
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a one-element tensor.")
-    if host[2] < 1:
-        raise ValueError(f"step is {host[2]:g}; expected the number of this step, from 1.")
-    return tuple(device), (host[1], host[2], host[3])
 
 
 def _run(o: Operands) -> None:
@@ -313,21 +323,29 @@ def _options(o: Operands | Operands8bit) -> dict[str, Any]:
 
 
 def _launch(o: Operands | Operands8bit, *moments: Tensor) -> None:
-    """Start the kernel; its numbers are each computed in fp64 as PyTorch computes it."""
+    """One call of which nothing is kept."""
     kernels = dispatch.triton_module("adamw")
-    numbers = kernels.Numbers(
-        rate=o.rate,
-        shrink=1 - o.rate * o.weight_decay,
-        weight_decay=o.weight_decay,
-        correction1=float(correction(o.beta1, o.number)),
-        root2=math.sqrt(correction(o.beta2, o.number)),
-        weight1=1 - o.beta1,
-        beta2=o.beta2,
-        weight2=1 - o.beta2,
-        eps=o.eps,
-        average_weight=1 - o.keep,
-        logarithm1=logarithm(o.beta1),
-        logarithm2=logarithm(o.beta2),
-    )
     scalars = kernels.Scalars(o.grad_scale, o.learning_rate, o.step, o.decay)
+    numbers = _numbers(o.rate, o.number, o.keep, o.beta1, o.beta2, o.eps, o.weight_decay)
     kernels.adamw(o.param, o.grad, kernels.Moments(*moments), o.average, o.copy, scalars, numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(
+    rate: float, number: float, keep: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> Any:
+    """The kernel's numbers, each computed in fp64 as PyTorch computes it; the same for all parameters of a step."""
+    return dispatch.triton_module("adamw").Numbers(
+        rate=rate,
+        shrink=1 - rate * weight_decay,
+        weight_decay=weight_decay,
+        correction1=float(correction(beta1, number)),
+        root2=math.sqrt(correction(beta2, number)),
+        weight1=1 - beta1,
+        beta2=beta2,
+        weight2=1 - beta2,
+        eps=eps,
+        average_weight=1 - keep,
+        logarithm1=logarithm(beta1),
+        logarithm2=logarithm(beta2),
+    )

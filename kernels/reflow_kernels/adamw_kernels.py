@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plans
+from . import launch
 from .adamw_reference import BLOCK as SHARE
 from .tiles import divide, lerp, load, square_root, store
 
@@ -191,16 +191,12 @@ def adamw(
     scalars: Scalars,
     numbers: Numbers,
 ) -> None:
-    """One launch over flat tensors [N]."""
+    """One launch over flat tensors [N], nothing of which is kept."""
     operands = (param, grad, *moments, average, copy, *scalars)
-    key = ("adamw", *plans.kinds(*operands))
-    one: Any = plans.find(key)
-    if one is None:
-        one = plans.keep(key, _prepare(param, grad, moments, average, copy))
-    launch.start(one, *operands, param.numel(), *numbers)
+    launch.start(prepare(param, grad, moments, average, copy), *operands, param.numel(), *numbers)
 
 
-def _prepare(
+def prepare(
     param: Tensor, grad: Tensor, moments: Moments, average: Tensor | None, copy: Tensor | None
 ) -> launch.Launch:
     """The launch for tensors of this size; its numbers change from step to step and are given with the tensors."""

@@ -150,8 +150,9 @@ class _Call:
         )
         operands = (model_output, target, direction, weight, sample, sample_coef, output_coef)
         if self.direct and self.grad:
-            loss, parts = _Direct.apply(self, *operands)  # type: ignore[no-untyped-call]
-            return loss, parts
+            found: list[Tensor] = []
+            loss = _Direct.apply(self, model_output, operands[1:], found)  # type: ignore[no-untyped-call]
+            return loss, found[0]
         if self.kernels is not None:
             loss, parts, _ = self.kernels.forward(*operands, self.options[0])
         else:
@@ -225,25 +226,25 @@ _LOSS.definition.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Direct(torch.autograd.Function):
-    """The same as autograd's own function, for calls that need no dispatcher."""
+    """The same as autograd's own function, for calls that need no dispatcher. What gets no gradient comes as one
+    argument and goes as ``found``, the parts: every argument and result that autograd looks at costs the host time."""
 
     @staticmethod
-    def forward(ctx: Any, call: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, call: Any, model_output: Tensor, others: tuple[Tensor | None, ...], found: list[Tensor]
+    ) -> Tensor:
+        loss: Tensor
         if call.kernels is not None:
-            loss, parts, stats = call.kernels.forward(*operands, call.options[0])
+            loss, parts, stats = call.kernels.forward(model_output, *others, call.options[0])
         else:
-            loss, parts, stats = _run(Operands._make((*operands, *call.options)))
-        ctx.save_for_backward(*operands, stats)
+            loss, parts, stats = _run(Operands._make((model_output, *others, *call.options)))
+        ctx.save_for_backward(model_output, *others, stats)
         ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(parts)
-        return loss, parts
+        found.append(parts)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 6  # the operands after model_output
-        if grad_loss is None:
-            return (None, None, *rest)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the registered op says that it has no second derivative
             grad = _BACKWARD(OperandsBackward(grad_loss, *saved, *call.options))
@@ -251,4 +252,4 @@ class _Direct(torch.autograd.Function):
             grad = call.kernels.backward(grad_loss, *saved)
         else:
             grad = _run_backward(OperandsBackward(grad_loss, *saved, *call.options))
-        return (None, grad, *rest)
+        return None, grad, None, None

@@ -103,6 +103,16 @@ def say_once(level: int, message: str) -> None:
         logger.log(level, message)
 
 
+# CPython keeps the variables in a dictionary; os.environ.get of a name that is not set raises twice on the way.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_variable: Any = os.environ.encodekey(ENVIRONMENT) if _variables is not os.environ else ENVIRONMENT
+
+
+def override() -> object:
+    """What the environment asks for now, as it is stored there; None where it asks for nothing."""
+    return _variables.get(_variable)
+
+
 def _asked(backend: str) -> tuple[str, str]:
     """The backend somebody asked for, and who asked."""
     override = os.environ.get(ENVIRONMENT, "")

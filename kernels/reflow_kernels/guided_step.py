@@ -209,25 +209,17 @@ class _Direct(_Call):
         super().__init__(results)
         self.into = into
         self.launch: launch.Launch | None = None
-        self.apart: set[tuple[int, ...]] = set()  # addresses whose memory was found apart
+        self.apart = plans.Apart(_check_memory)
 
     def write(self, out: Tensor, input_out: Tensor, *operands: Any) -> None:
         if self.into:
-            self._check(out, input_out, operands)
+            self.apart((out, input_out, *operands))
         if self.launch is None:
             prepare = dispatch.triton_module("guided_step").prepare
             self.launch = prepare(*operands, out, input_out)
         launch.start(self.launch, *operands, out, input_out)
         if self.into:
             torch.autograd.graph.increment_version((out, input_out))
-
-    def _check(self, out: Tensor, input_out: Tensor, operands: tuple[Tensor | None, ...]) -> None:
-        addresses = tuple(0 if value is None else value.data_ptr() for value in (*operands, out, input_out))
-        if addresses not in self.apart:
-            _check_memory(out, input_out, *operands)
-            if len(self.apart) >= plans.KEPT:
-                self.apart.clear()
-            self.apart.add(addresses)
 
 
 def _check_buffer(

@@ -8,8 +8,7 @@ and subclasses of tensors have no signature: their calls are checked every time.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +28,19 @@ def signature(op: str, given: tuple[Any, ...], *options: object) -> Signature | 
     """The signature of a call with these arguments, or None where it has none."""
     if torch.compiler.is_compiling() or dispatch.watched():
         return None
-    return op, options, os.environ.get(dispatch.ENVIRONMENT), torch.is_grad_enabled(), *kinds(*given)
+    return op, options, dispatch.override(), torch.is_grad_enabled(), *kinds(*given)
 
 
 def kinds(*given: Any) -> list[Any]:
     """What of each value decides how a kernel is compiled and started, and who asks for a gradient."""
     found: list[Any] = []
-    plain = dispatch.PLAIN
+    plain, parameter = dispatch.PLAIN
     for value in given:
         kind = type(value)
-        if kind in plain:
+        if kind is plain or kind is parameter:
             # Kernels and their blocks are chosen by alignment.
-            flags = (value.requires_grad, value.is_neg(), value.data_ptr() % 16 == 0)
-            found += value.shape, value.stride(), value.dtype, value.device, flags
+            aligned, negative = value.data_ptr() % 16 == 0, value.is_neg()
+            found += value.shape, value.stride(), value.dtype, value.device, value.requires_grad, negative, aligned
         else:
             found.append(kind)
     return found
@@ -68,8 +67,29 @@ def forget() -> None:
 dispatch.when_configured.append(forget)
 
 
-def fill(values: tuple[Tensor | float | None, ...], like: Tensor, batch: int, dtype: torch.dtype) -> list[Any]:
+class Apart:
+    """What is checked of operands' memory, once for every set of addresses that operands of one signature come at."""
+
+    def __init__(self, check: Callable[..., None]):
+        self.check = check
+        self.found: set[tuple[int, ...]] = set()
+
+    def __call__(self, given: tuple[Tensor | None, ...]) -> None:
+        addresses = tuple([0 if value is None else value.data_ptr() for value in given])
+        if addresses not in self.found:
+            self.check(*given)
+            if len(self.found) >= KEPT:
+                self.found.clear()
+            self.found.add(addresses)
+
+
+def fill(values: tuple[Tensor | float | None, ...], like: Tensor, batch: int, dtype: torch.dtype) -> Sequence[Any]:
     """Checked [B] arguments as tensors: floats are filled on the device."""
+    for value in values:
+        if value is not None and not isinstance(value, Tensor):
+            break
+    else:
+        return values
     return [
         torch.full((batch,), value, dtype=dtype, device=like.device)
         if value is not None and not isinstance(value, Tensor)

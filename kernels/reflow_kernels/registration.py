@@ -34,7 +34,7 @@ class Op:
         results: int,
         mutates: tuple[str, ...] = (),
     ):
-        self.name, self.run = name, run
+        self.name, self.run, self.operands, self.mutates = name, run, operands, mutates
         schema = _schema(operands, results, mutates)
         self.definition = torch.library.custom_op(
             f"reflow_kernels::{name}", lambda *given: run(operands(*given)), mutates_args=mutates, schema=schema

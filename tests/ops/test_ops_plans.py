@@ -5,12 +5,15 @@ import torch
 
 import op_cases as cases
 from reflow_kernels import (
+    adamw,
     aligned_v,
     aligned_v_loss,
     cfg_combine,
     chord,
     configure,
     dispatch,
+    fused_adamw,
+    fused_adamw8bit,
     guidance,
     guided_step,
     launch,
@@ -127,13 +130,51 @@ def test_plans_are_bounded(backend, device, monkeypatch):
         assert 1 <= len(plans._plans) <= 3
 
 
-def test_a_compiled_kernel_is_kept_and_started_without_the_jit(backend, device):
-    """The JIT gives a handle; later launches of the same plan take it, with constants behind the numbers as the JIT orders them."""
-    started = []
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_optimizers_step_is_checked_once_but_for_its_number_and_its_memory(backend, device, monkeypatch, bits):
+    def tensors(seed):
+        weights, gradient = normal(300, seed=seed, device=device), normal(300, seed=seed + 1, device=device)
+        if bits == 32:
+            return [weights, gradient, torch.zeros_like(weights), torch.zeros_like(weights)]
+        maps = [reference.dynamic_map(signed).to(device) for signed in (True, False)]
+        codes = [torch.full_like(weights, int(table.abs().argmin()), dtype=torch.uint8) for table in maps]
+        return [weights, gradient, *codes, *(torch.zeros(2, device=device) for _ in range(2)), *maps]
 
-    class Handle:
-        def __getitem__(self, grid):
-            return lambda *arguments: started.append(("handle", grid, arguments))
+    def step(given, number=1, **more):
+        rest = dict(learning_rate=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=number, backend=backend)
+        (fused_adamw if bits == 32 else fused_adamw8bit)(*given, **rest, **more)
+
+    first, second = tensors(0), tensors(0)
+    for number in (1, 2):
+        step(first, number)
+    step(second)
+    monkeypatch.setattr(adamw, "_plan", None)  # calling it would raise
+    version = second[0]._version
+    step(second, 2)
+    assert second[0]._version > version and all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    with pytest.raises(ValueError, match="step is 0; expected the number of this step, from 1"):
+        step(second, 0)
+    with pytest.raises(ValueError, match="param and grad share memory"):
+        step([second[0], second[0], *second[2:]])
+    with pytest.raises(TypeError):  # another signature is worked out anew
+        step(second, copy=torch.empty(300, device=device))
+
+
+class Handle:
+    """What the JIT gives: a runner by grid, and what the runner calls."""
+
+    def __init__(self, started):
+        self.started, self.function, self.packed_metadata = started, "function", "packed"
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.started.append(("runner", grid, arguments))
+
+    def run(self, *given):
+        self.started.append(("launcher", given[:3], given[3:9], given[9:]))
+
+
+def launched(started):
+    """A launch whose kernel notes down how it is started."""
 
     class Kernel:
         arg_names = ("pointer", "N", "ACC", "BLOCK")
@@ -141,13 +182,42 @@ def test_a_compiled_kernel_is_kept_and_started_without_the_jit(backend, device):
         def __getitem__(self, grid):
             def first(*arguments, **constants):
                 started.append(("jit", grid, arguments, constants))
-                return Handle()
+                return Handle(started)
 
             return first
 
-    one = launch.Launch(Kernel(), 5, 4, (16,), BLOCK=128, ACC="float")
-    pointer = torch.zeros(1, device=device)
-    for _ in range(3):
-        launch.start(one, pointer)
-    constants = {"num_warps": 4, "enable_fp_fusion": False, "BLOCK": 128, "ACC": "float"}
-    assert started == [("jit", (5,), (pointer, 16), constants)] + [("handle", (5, 1, 1), (pointer, 16, "float", 128))] * 2
+    return launch.Launch(Kernel(), 5, 4, (16,), BLOCK=128, ACC="float")
+
+
+class Driver:
+    def get_current_device(self):
+        return 3
+
+    def get_current_stream(self, device):
+        return ("stream of device", device)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a Triton that was read", "another"])
+def test_a_compiled_kernel_is_kept_and_started_without_the_jit(backend, device, monkeypatch, known):
+    """The JIT gives a handle; later launches of the same plan take it, with constants behind the numbers as the JIT orders them: its launcher
+    where nobody set a hook, its runner where somebody did, and always where the version may call its launcher another way."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    monkeypatch.setattr(launch, "_KNOWN", known)
+    monkeypatch.setattr(driver, "_active", Driver())
+    started, pointer = [], torch.zeros(1, device=device)
+    one = launched(started)
+    launch.start(one, pointer)
+    assert started == [("jit", (5,), (pointer, 16), {"num_warps": 4, "enable_fp_fusion": False, "BLOCK": 128, "ACC": "float"})]
+    launch.start(one, pointer)
+    arguments, runner = (pointer, 16, "float", 128), ("runner", (5, 1, 1), (pointer, 16, "float", 128))
+    launcher = ("launcher", (5, 1, 1), (("stream of device", 3), "function", "packed", None, None, None), arguments)
+    assert started[1:] == [launcher if known else runner]
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        chain = triton.knobs.HookChain()
+        chain.add(lambda metadata: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, hook, chain)
+            launch.start(one, pointer)
+        assert started[-1] == runner
