@@ -82,8 +82,8 @@ def aligned_v_loss(
     given = (model_output, target, direction_weight, weight, sample, sample_coef, output_coef)
     key = plans.signature("aligned_v_loss", given, eps, backend, strict)
     plan = plans.find(key) or plans.keep(key, _plan(*given, eps, backend, strict))
-    loss, parts = plan(*given)
-    return AlignedVLoss(loss, *parts.unbind(0))
+    result: AlignedVLoss = plan(*given)
+    return result
 
 
 def _plan(
@@ -124,14 +124,23 @@ def _plan(
     triton = direct and dispatch.select("aligned_v_loss", model_output.device, backend, strict) == "triton"
     kept = triton and model_output.numel() > 0 and layout.shared_order(*operands) is not None
     grad = model_output.requires_grad and torch.is_grad_enabled()
-    return _Call(direct, kept, grad, reference.accumulate_dtype(*operands), (float(eps), backend, strict))
+    function = (_Direct if triton else _DirectOnTorch) if direct and grad else None
+    return _Call(direct, kept, function, reference.accumulate_dtype(*operands), (float(eps), backend, strict))
 
 
 class _Call:
-    """Calls of one signature: through the dispatcher, with ``direct`` around it, with ``kept`` by prepared launches."""
+    """Calls of one signature: through the dispatcher, with ``direct`` around it, with ``kept`` by prepared launches;
+    ``function`` is autograd's where it is needed around the dispatcher."""
 
-    def __init__(self, direct: bool, kept: bool, grad: bool, dtype: torch.dtype, options: tuple[float, str, bool]):
-        self.direct, self.grad, self.dtype, self.options = direct, grad, dtype, options
+    def __init__(
+        self,
+        direct: bool,
+        kept: bool,
+        function: type[torch.autograd.Function] | None,
+        dtype: torch.dtype,
+        options: tuple[float, str, bool],
+    ):
+        self.direct, self.function, self.dtype, self.options = direct, function, dtype, options
         self.kernels = dispatch.triton_module("aligned_v").Kept() if kept else None
 
     def __call__(
@@ -143,22 +152,22 @@ class _Call:
         sample: Tensor | None,
         sample_coef: PerSample | None,
         output_coef: PerSample | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> AlignedVLoss:
         values = (direction_weight, weight, sample_coef, output_coef)
         direction, weight, sample_coef, output_coef = plans.fill(
             values, model_output, model_output.shape[0], self.dtype
         )
         operands = (model_output, target, direction, weight, sample, sample_coef, output_coef)
-        if self.direct and self.grad:
-            found: list[Tensor] = []
-            loss = _Direct.apply(self, model_output, operands[1:], found)  # type: ignore[no-untyped-call]
-            return loss, found[0]
+        if self.function is not None:
+            parts: list[Tensor] = []
+            loss = self.function.apply(self, model_output, operands[1:], parts)  # type: ignore[no-untyped-call]
+            return AlignedVLoss(loss, *parts)
         if self.kernels is not None:
-            loss, parts, _ = self.kernels.forward(*operands, self.options[0])
+            loss, found, _ = self.kernels.forward(*operands, self.options[0])
         else:
             run = _LOSS.run if self.direct else _LOSS
-            loss, parts, _ = run(Operands._make((*operands, *self.options)))
-        return loss, parts.detach()
+            loss, found, _ = run(Operands._make((*operands, *self.options)))
+        return AlignedVLoss(loss, *found.detach().unbind(0))
 
 
 def _run(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,20 +236,20 @@ _LOSS.definition.register_autograd(_autograd, setup_context=_setup_context)
 
 class _Direct(torch.autograd.Function):
     """The same as autograd's own function, for calls that need no dispatcher. What gets no gradient comes as one
-    argument and goes as ``found``, the parts: every argument and result that autograd looks at costs the host time."""
+    argument and goes as ``parts``: every argument and result that autograd looks at costs the host time."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Any, model_output: Tensor, others: tuple[Tensor | None, ...], found: list[Tensor]
+        ctx: Any, call: Any, model_output: Tensor, others: tuple[Tensor | None, ...], parts: list[Tensor]
     ) -> Tensor:
         loss: Tensor
         if call.kernels is not None:
-            loss, parts, stats = call.kernels.forward(model_output, *others, call.options[0])
+            loss, found, stats = call.kernels.forward(model_output, *others, call.options[0])
         else:
-            loss, parts, stats = _run(Operands._make((model_output, *others, *call.options)))
+            loss, found, stats = _run(Operands._make((model_output, *others, *call.options)))
         ctx.save_for_backward(model_output, *others, stats)
         ctx.call = call
-        found.append(parts)
+        parts += found.unbind(0)
         return loss
 
     @staticmethod
@@ -253,3 +262,30 @@ class _Direct(torch.autograd.Function):
         else:
             grad = _run_backward(OperandsBackward(grad_loss, *saved, *call.options))
         return None, grad, None, None
+
+
+class _DirectOnTorch(torch.autograd.Function):
+    """The same in PyTorch, where the gradient takes what the loss has worked out already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Any, model_output: Tensor, others: tuple[Tensor | None, ...], parts: list[Tensor]
+    ) -> Tensor:
+        target, direction_weight, weight, sample, sample_coef, output_coef = others
+        assert target is not None and direction_weight is not None
+        ctx.worked_out = reference.AlignedV(model_output, target, sample, sample_coef, output_coef, call.options[0])
+        result = ctx.worked_out.loss(direction_weight, weight)
+        ctx.save_for_backward(model_output, *others)
+        ctx.call = call
+        parts += result[1:]
+        return result.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # autograd refuses operands that were changed meanwhile
+        if torch.is_grad_enabled():  # create_graph, as above
+            stats = saved[0].new_zeros((STATS, saved[0].shape[0]))
+            return None, _BACKWARD(OperandsBackward(grad_loss, *saved, stats, *ctx.call.options)), None, None
+        model_output, _, direction_weight, weight, *_, output_coef = saved
+        grad = ctx.worked_out.gradient(grad_loss, model_output, direction_weight, weight, output_coef)
+        return None, layout.settle(grad, layout.leading_order(model_output)), None, None

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -25,23 +24,26 @@ ENVIRONMENT = "REFLOW_KERNELS_BACKEND"
 OPS = ("aligned_v_loss", "guided_step", "window_chord", "cfg_combine", "fused_adamw", "fused_adamw8bit")
 MINIMUM_CAPABILITY = (7, 0)
 
-_defaults: dict[str, Any] = {"backend": "auto", "strict": False}
 _said: set[tuple[str, ...]] = set()
-when_configured: list[Callable[[], None]] = []  # called where settings change: what was worked out under others is void
+_settings: tuple[str, bool] = ("auto", False)  # backend and strictness of calls that name none
 
 
 def configure(*, backend: str | None = None, strict: bool | None = None) -> None:
     """Set the process-wide backend and strictness that ops use when they are called without their own."""
-    for follow in when_configured:
-        follow()
-    if backend is not None:
-        _defaults["backend"] = _checked(backend, "backend")
-    if strict is not None:
-        _defaults["strict"] = bool(strict)
+    global _settings
+    _settings = (
+        _settings[0] if backend is None else _checked(backend, "backend"),
+        _settings[1] if strict is None else bool(strict),
+    )
+
+
+def settings() -> tuple[str, bool]:
+    """The process-wide (backend, strict)."""
+    return _settings
 
 
 def is_strict(strict: bool) -> bool:
-    return strict or _defaults["strict"]
+    return strict or _settings[1]
 
 
 def select(op: str, device: torch.device, backend: str = "auto", strict: bool = False) -> str:
@@ -120,7 +122,7 @@ def _asked(backend: str) -> tuple[str, str]:
         return _checked(override, ENVIRONMENT), ENVIRONMENT
     if _checked(backend, "backend") != "auto":
         return backend, "the backend argument"
-    return _defaults["backend"], "reflow_kernels.configure"
+    return _settings[0], "reflow_kernels.configure"
 
 
 def _checked(backend: str, name: str) -> str:

@@ -1,9 +1,9 @@
 """What is worked out once for calls that are alike, so that a call costs the host little more than its launch.
 
 A call's signature is all that decides how it runs: types, dtypes, shapes, strides, devices, whether addresses are
-multiples of 16, who asks for a gradient, options and the environment. The first call of a signature has its arguments
-checked and its plan kept, which is a function of the same arguments; later calls look it up. Tracers, modes, transforms
-and subclasses of tensors have no signature: their calls are checked every time.
+multiples of 16, who asks for a gradient, options, settings and the environment. The first call of a signature has its
+arguments checked and its plan kept, which is a function of the same arguments; later calls look it up. Tracers, modes,
+transforms and subclasses of tensors have no signature: their calls are checked every time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def signature(op: str, given: tuple[Any, ...], *options: object) -> Signature | 
     """The signature of a call with these arguments, or None where it has none."""
     if torch.compiler.is_compiling() or dispatch.watched():
         return None
-    return op, options, dispatch.override(), torch.is_grad_enabled(), *kinds(*given)
+    return op, options, dispatch.settings(), dispatch.override(), torch.is_grad_enabled(), *kinds(*given)
 
 
 def kinds(*given: Any) -> list[Any]:
@@ -60,11 +60,8 @@ def keep(key: Signature | None, plan: Plan) -> Plan:
 
 
 def forget() -> None:
-    """Drop all plans: what they were made under has changed."""
+    """Drop all plans: what no signature tells has changed."""
     _plans.clear()
-
-
-dispatch.when_configured.append(forget)
 
 
 class Apart:

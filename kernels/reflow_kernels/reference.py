@@ -61,14 +61,7 @@ def aligned_v_loss(
 
     The cosine part has no gradient where the target is exactly zero.
     """
-    parts = _AlignedV(model_output, target, sample, sample_coef, output_coef, eps)
-    direction = torch.where(parts.active, parts.one_minus_cosine, parts.one_minus_cosine.detach())
-    losses = parts.mse + _cast(direction_weight, parts.dtype) * direction
-    if weight is not None:
-        losses = _cast(weight, parts.dtype) * losses
-    loss = losses.mean() if losses.numel() else losses.sum()
-    cosine = 1 - parts.one_minus_cosine
-    return AlignedVLoss(loss, parts.mse.detach(), parts.magnitude.detach(), cosine.detach())
+    return AlignedV(model_output, target, sample, sample_coef, output_coef, eps).loss(direction_weight, weight)
 
 
 def aligned_v_loss_backward(
@@ -87,24 +80,15 @@ def aligned_v_loss_backward(
 
     With u = v^/P - v/V the cosine part's gradient to v^ is (u - (u . v^/P) v^/P) / P, or u / P where P is clamped.
     """
-    parts = _AlignedV(model_output, target, sample, sample_coef, output_coef, eps)
-    unit, difference = parts.prediction / parts.floored_prediction, parts.unit_difference
-    along = (difference * unit).sum(1, keepdim=True) * parts.free
-    direction = (difference - along * unit) * (parts.scale / parts.floored_prediction)
-    direction = direction * (_column(direction_weight, direction) * parts.active.unsqueeze(1))
-    factor = grad_loss.to(parts.dtype) / max(direction.shape[0], 1)
-    if weight is not None:
-        factor = factor * _column(weight, direction)
-    if output_coef is not None:
-        factor = factor * _column(output_coef, direction)
-    grad: Tensor = factor * (parts.error * (2 / max(parts.size, 1)) + direction)
-    return grad.reshape(model_output.shape).to(model_output.dtype)
+    parts = AlignedV(model_output, target, sample, sample_coef, output_coef, eps)
+    return parts.gradient(grad_loss, model_output, direction_weight, weight, output_coef)
 
 
-class _AlignedV:
+class AlignedV:
     """The quantities of the aligned-v loss, rows flattened to [B, N]; norms are those of the scaled rows.
 
-    What only the loss needs is taken when it is asked for, which the gradient never does.
+    Who takes the loss and its gradient of the same operands makes them once. What only the loss needs is taken when it is
+    asked for.
     """
 
     def __init__(
@@ -138,7 +122,38 @@ class _AlignedV:
         self.free = self.prediction_norm > floor * self.scale
         self.floored_prediction = torch.where(self.free, self.prediction_norm, floor * self.scale)
         floored_target = torch.maximum(self.target_norm, floor * self.target_scale)
-        self.unit_difference = self.prediction / self.floored_prediction - self.velocity / floored_target
+        self.unit = self.prediction / self.floored_prediction
+        self.unit_difference = self.unit - self.velocity / floored_target
+
+    def loss(self, direction_weight: PerSample, weight: PerSample | None) -> AlignedVLoss:
+        """As :func:`aligned_v_loss` returns it."""
+        direction = torch.where(self.active, self.one_minus_cosine, self.one_minus_cosine.detach())
+        losses = self.mse + _cast(direction_weight, self.dtype) * direction
+        if weight is not None:
+            losses = _cast(weight, self.dtype) * losses
+        loss = losses.mean() if losses.numel() else losses.sum()
+        cosine = 1 - self.one_minus_cosine
+        return AlignedVLoss(loss, self.mse.detach(), self.magnitude.detach(), cosine.detach())
+
+    def gradient(
+        self,
+        grad_loss: Tensor,
+        model_output: Tensor,
+        direction_weight: PerSample,
+        weight: PerSample | None,
+        output_coef: PerSample | None,
+    ) -> Tensor:
+        """As :func:`aligned_v_loss_backward` returns it."""
+        along = (self.unit_difference * self.unit).sum(1, keepdim=True) * self.free
+        direction = (self.unit_difference - along * self.unit) * (self.scale / self.floored_prediction)
+        direction = direction * (_column(direction_weight, direction) * self.active.unsqueeze(1))
+        factor = grad_loss.to(self.dtype) / max(direction.shape[0], 1)
+        if weight is not None:
+            factor = factor * _column(weight, direction)
+        if output_coef is not None:
+            factor = factor * _column(output_coef, direction)
+        grad: Tensor = factor * (self.error * (2 / max(self.size, 1)) + direction)
+        return grad.reshape(model_output.shape).to(model_output.dtype)
 
     @functools.cached_property
     def mse(self) -> Tensor:

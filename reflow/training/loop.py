@@ -201,9 +201,10 @@ class Loop:
             conditioning = conditioning.to(self.device, self.dtype)
             output = denoise(engine, points.model_input, network_time(points.t, recipe.student.network_time), conditioning)
             good = good & usable(output.detach())
+            weight = None if flow.merger is None else flow.merger.weight[points.window]
             if not known_good(good):
                 output = kept(output, good)
-            weight = good.float() if flow.merger is None else good * flow.merger.weight[points.window]
+                weight = good.float() if weight is None else good * weight
             result = targets.loss(output, points, table, recipe.objective, weight=weight)
             meter.add(points.window, result.loss, result.mse, result.magnitude, result.cosine, good, step)
             engine.backward(result.loss)

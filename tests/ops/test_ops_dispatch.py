@@ -15,7 +15,7 @@ from reflow_kernels import dispatch
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Each test starts with default settings and nothing said."""
-    monkeypatch.setattr(dispatch, "_defaults", {"backend": "auto", "strict": False})
+    monkeypatch.setattr(dispatch, "_settings", ("auto", False))
     monkeypatch.setattr(dispatch, "_said", set())
     dispatch._resolve.cache_clear()
     yield

@@ -87,9 +87,15 @@ def test_settings_and_the_environment_change_a_plan(backend, device, monkeypatch
     with pytest.raises(ValueError, match="REFLOW_KERNELS_BACKEND is 'gpu'"):
         guided_step(plain, plain, 0.5, 2.0, backend=backend)
     monkeypatch.delenv(dispatch.ENVIRONMENT)
-    assert plans._plans
-    configure(backend="auto")
-    assert not plans._plans
+    before = len(plans._plans)
+    try:
+        configure(strict=True)
+        guided_step(plain, plain, 0.5, 2.0, backend=backend)
+        assert len(plans._plans) == before + 1
+    finally:
+        configure(strict=False)
+    guided_step(plain, plain, 0.5, 2.0, backend=backend)
+    assert len(plans._plans) == before + 1
 
 
 def test_values_are_not_part_of_a_plan(backend, device):
