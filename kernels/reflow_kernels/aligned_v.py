@@ -278,14 +278,16 @@ class _DirectOnTorch(torch.autograd.Function):
         ctx.save_for_backward(model_output, *others)
         ctx.call = call
         parts += result[1:]
-        return result.loss
+        loss: Tensor = result.loss
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # autograd refuses operands that were changed meanwhile
         if torch.is_grad_enabled():  # create_graph, as above
             stats = saved[0].new_zeros((STATS, saved[0].shape[0]))
-            return None, _BACKWARD(OperandsBackward(grad_loss, *saved, stats, *ctx.call.options)), None, None
+            operands = OperandsBackward._make((grad_loss, *saved, stats, *ctx.call.options))
+            return None, _BACKWARD(operands), None, None
         model_output, _, direction_weight, weight, *_, output_coef = saved
         grad = ctx.worked_out.gradient(grad_loss, model_output, direction_weight, weight, output_coef)
         return None, layout.settle(grad, layout.leading_order(model_output)), None, None

@@ -87,8 +87,8 @@ def aligned_v_loss_backward(
 class AlignedV:
     """The quantities of the aligned-v loss, rows flattened to [B, N]; norms are those of the scaled rows.
 
-    Who takes the loss and its gradient of the same operands makes them once. What only the loss needs is taken when it is
-    asked for.
+    Who takes the loss and its gradient of the same operands makes them once. What only the loss needs is taken when it
+    is asked for.
     """
 
     def __init__(
