@@ -206,10 +206,13 @@ class Rig:
         return settings["batch"] * self.row_tflop()[1]
 
     def facts(self, call: Callable[[], Any], samples: int, tflop: float, **more: Any) -> Callable[[timing.Times], dict]:
-        """What a row says beside its time: samples/s, TFLOP/s of the UNets, memory."""
+        """What a row says beside its time: samples/s, TFLOP/s of the UNets, memory, how solves ran where they may be CUDA graphs."""
+        solver = getattr(getattr(call, "__self__", call), "solver", None)
 
         def told(times: timing.Times) -> dict[str, Any]:
             row = {"samples": samples, "network_tflop": tflop, **more}
+            if getattr(solver, "captured", None) is not None:
+                row["solves"] = dict(solver.captured.counts)
             if times.median_us is None:
                 return row
             seconds = times.median_us / 1e6

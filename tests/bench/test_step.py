@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import flops, published, record, scenes, step, step_cells
+from bench import flops, published, record, scenes, step, step_cells, timing
 from bench.__main__ import main
 from bench.rig import Rig
+from reflow.flow.captured import CapturedSolves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
@@ -37,6 +38,24 @@ def test_a_published_step_that_differs_is_never_timed(rig, monkeypatch, tmp_path
     assert main(["step", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
     assert "differs from ours" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_row_says_how_the_solves_of_its_step_ran(device):
+    """A step whose graph is recorded and never replayed would be another step than the row's name says."""
+    rig = Rig("digits", device, quick=True)
+    made = rig.ours(windows=4, solver_steps=1, batch=2)
+    times = timing.Times(10.0)
+    assert "solves" not in rig.step(made, samples=2, tflop=1.0).facts(times)
+
+    def record(solver, network, z_start, window, *inputs, input_dtype):
+        return lambda z, w, *rows: solver.solve(lambda x, t: network(x, t, *rows), z, w, input_dtype=input_dtype)
+
+    made.solver.captured = CapturedSolves(made.solver.ask, capture=record)
+    facts = rig.step(made, samples=2, tflop=1.0).facts
+    for _ in range(4):
+        made()
+    assert facts(times)["solves"] == {"captured": 1, "replayed": 2, "plain": 1}
+    assert rig.window(made, made, dict(windows=4, solver_steps=1, batch=2)).facts(times)["solves"]["captured"] == 1
 
 
 @pytest.mark.slow
