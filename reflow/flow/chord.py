@@ -13,6 +13,8 @@ SNR. All coefficients are [B] tensors on the table's device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,23 @@ from .windows import Windows
 PREDICTION_TYPES = ("ddim_eps", "ddim_v", "diff_eps", "velocity")
 # Below this alpha an eps output says nothing about the data: x^ = (z - sigma eps^)/alpha multiplies its error by 1000.
 MIN_ALPHA = 1e-3
+
+
+class Rows(NamedTuple):
+    """Constants of each sample's window, all [B]: :class:`ChordTable`'s and what its reading of an output takes."""
+
+    t_start: Tensor
+    t_end: Tensor
+    dt: Tensor
+    alpha_start: Tensor
+    sigma_start: Tensor
+    alpha_end: Tensor
+    sigma_end: Tensor
+    alpha_rate: Tensor  # slope of the chord's alpha in t
+    cross_rate: Tensor
+    eps_rate: Tensor
+    radial: Tensor  # d(r^2)/dt / 2 at the window's start, and its growth over the window
+    radial_growth: Tensor
 
 
 class ChordTable:
@@ -87,11 +106,10 @@ class ChordTable:
         self.alpha_start, self.sigma_start = keep(a_s), keep(s_s)
         self.alpha_end, self.sigma_end = keep(a_e), keep(s_e)
         self.speed = keep(torch.sqrt(d_a**2 + d_s**2) / dt.abs())
-        # velocity slopes of the chord, and the constants of d(r^2)/dt and of the cross term, free of cancellation
-        self._alpha_rate, self._sigma_rate = keep(d_a / dt), keep(d_s / dt)
-        self._radial = keep((d_a * a_s + d_s * s_s) / dt), keep((d_a**2 + d_s**2) / dt)
-        self._cross_rate = keep(cross / dt)
-        self._eps_rate = keep(scale * cross / dt)
+        # The constants of d(r^2)/dt and of the cross term are free of cancellation.
+        radial, radial_growth = (d_a * a_s + d_s * s_s) / dt, (d_a**2 + d_s**2) / dt
+        rates = (d_a / dt, cross / dt, scale * cross / dt, radial, radial_growth)
+        self._columns = keep(torch.stack([t_start, t_end, dt, a_s, s_s, a_e, s_e, *rates]))
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -100,6 +118,10 @@ class ChordTable:
         """The same table on another device or in another dtype, computed afresh in fp64."""
         kind, dtype = self.prediction_type, dtype or self.dtype
         return ChordTable(self.schedule, self.windows, kind, ends=self.ends, device=device, dtype=dtype)
+
+    def rows(self, window: Tensor) -> Rows:
+        """The constants of window numbers [B], looked up together: one by one takes longer than their use."""
+        return Rows(*self._columns[:, window].unbind(0))
 
     def time(self, window: Tensor, tau: Tensor) -> Tensor:
         """t = t_start + tau dt, [B], for tau in [0, 1]."""
@@ -111,9 +133,7 @@ class ChordTable:
 
     def alpha_sigma(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Chord-linear (alpha, sigma) at times t in window numbers `window`, both [B]."""
-        return self._at(window, self.tau(window, t))
-
-    def _at(self, window: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        tau = self.tau(window, t)
         alpha = torch.lerp(self.alpha_start[window], self.alpha_end[window], tau)
         return alpha, torch.lerp(self.sigma_start[window], self.sigma_end[window], tau)
 
@@ -123,13 +143,14 @@ class ChordTable:
         if self.prediction_type == "velocity":
             zero = torch.zeros_like(self.dt[window])
             return zero, torch.ones_like(zero)
-        tau = self.tau(window, t)
-        alpha, sigma = self._at(window, tau)
+        at = self.rows(window)
+        tau = (t.to(self.dtype) - at.t_start) / at.dt
+        alpha = torch.lerp(at.alpha_start, at.alpha_end, tau)
         if self.prediction_type == "ddim_v":
+            sigma = torch.lerp(at.sigma_start, at.sigma_end, tau)
             r2 = alpha * alpha + sigma * sigma
-            start, growth = self._radial
-            return (start[window] + tau * growth[window]) / r2, self._cross_rate[window] / torch.sqrt(r2)
-        return self._alpha_rate[window] / alpha, self._eps_rate[window] / alpha
+            return (at.radial + tau * at.radial_growth) / r2, at.cross_rate / torch.sqrt(r2)
+        return at.alpha_rate / alpha, at.eps_rate / alpha
 
     def end_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(p, q), both [B]: the window's end seen from z_t, z_end^ = z_t + (t_end - t) velocity^ = p z_t + q output."""
@@ -150,7 +171,7 @@ class ChordTable:
         z_t. Finite for all of them: 0 where the chord's alpha is 0.
         """
         alpha, _ = self.alpha_sigma(window, t)
-        return (alpha / self._eps_rate[window]) ** 2
+        return (alpha / self.rows(window).eps_rate) ** 2
 
     def add_noise(self, x0: Tensor, noise: Tensor, window: Tensor, t: Tensor) -> Tensor:
         """alpha x0 + sigma noise on the chord, [B, ...] in the table's dtype; window and t are [B]."""

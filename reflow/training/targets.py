@@ -27,10 +27,11 @@ def times(draws: torch.Tensor, window: torch.Tensor, table: ChordTable, settings
     """(t, tau) of shape [...] from uniforms draws [..., 2] and windows [...]: the recipe's density, on its time grid."""
     tau = objective.sample_tau(draws, settings.time_density, share=settings.time_share, upper=settings.time_upper,
                                sharpness=settings.time_sharpness)
-    t = table.time(window, tau)
+    at = table.rows(window)
+    t = torch.lerp(at.t_start, at.t_end, tau.to(table.dtype))
     if settings.time_grid:
-        t = snap(t, settings.time_grid, table.t_start[window], table.t_end[window])
-        tau = table.tau(window, t).clamp(0.0, 1.0)
+        t = snap(t, settings.time_grid, at.t_start, at.t_end)
+        tau = ((t - at.t_start) / at.dt).clamp(0.0, 1.0)
     return t, tau
 
 

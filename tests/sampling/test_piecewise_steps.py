@@ -116,8 +116,8 @@ def test_more_steps_in_a_straight_window_change_nothing(kind):
             t, window = scheduler._times[i], scheduler._windows_of_steps[i : i + 1]
             alpha, sigma = scheduler._table.alpha_sigma(window, torch.tensor([t], dtype=torch.float64))
             r = torch.sqrt(alpha**2 + sigma**2)
-            scale = scheduler._table._eps_rate / (scheduler._table._cross_rate)
-            output = {"ddim_eps": noise, "diff_eps": noise / scale[window], "ddim_v": (alpha * noise - sigma * x0) / r}[
+            at = scheduler._table.rows(window)
+            output = {"ddim_eps": noise, "diff_eps": noise / (at.eps_rate / at.cross_rate), "ddim_v": (alpha * noise - sigma * x0) / r}[
                 kind
             ]
             state = scheduler.step(output, timestep, state).prev_sample
