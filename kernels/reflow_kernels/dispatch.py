@@ -61,6 +61,13 @@ def watched() -> bool:
     return _tracing() or bool(_modes()) or _transform() is not None
 
 
+def eager_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors on the CPU whose values may be asked for without waiting and without a trace."""
+    if torch.compiler.is_compiling() or watched():
+        return False
+    return all(type(tensor) in PLAIN and tensor.device.type == "cpu" for tensor in tensors)
+
+
 def runs_directly(op: str, backend: str, strict: bool, leading: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether a call may run without torch.library's dispatcher, which takes the CPU longer than a kernel's launch and,
     on a small batch, than the reference's arithmetic: plain tensors in eager mode, on a GPU with Triton or on a CPU,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .adamw_reference import dynamic_map, fused_adamw, fused_adamw8bit, quantize
 
 __all__ = [
@@ -111,17 +112,17 @@ class AlignedV:
             prediction = _column(sample_coef, rows) * rows + _column(output_coef, rows) * prediction
         self.error = prediction - velocity
 
-        # Rows with huge elements are scaled by a power of two (exact), so that no square overflows.
-        self.scale, _ = _shrink(prediction)
-        self.target_scale, target_peak = _shrink(velocity)
+        # Rows with huge elements are scaled by a power of two (exact), so that no square overflows; None: no row is.
+        self.scale, self.target_scale, target_peak = _shrink(prediction, velocity)
         self.active = target_peak > 0
-        self.prediction, self.velocity = prediction * self.scale, velocity * self.target_scale
+        self.prediction, self.velocity = _scaled(prediction, self.scale), _scaled(velocity, self.target_scale)
         self.prediction_norm = torch.linalg.vector_norm(self.prediction, dim=1, keepdim=True)
         self.target_norm = torch.linalg.vector_norm(self.velocity, dim=1, keepdim=True)
         floor = eps * math.sqrt(self.size)
-        self.free = self.prediction_norm > floor * self.scale
-        self.floored_prediction = torch.where(self.free, self.prediction_norm, floor * self.scale)
-        floored_target = torch.maximum(self.target_norm, floor * self.target_scale)
+        least = _scaled(floor, self.scale)
+        self.free = self.prediction_norm > least
+        self.floored_prediction = torch.where(self.free, self.prediction_norm, least)
+        floored_target = self.target_norm.clamp(min=_scaled(floor, self.target_scale))
         self.unit = self.prediction / self.floored_prediction
         self.unit_difference = self.unit - self.velocity / floored_target
 
@@ -145,7 +146,8 @@ class AlignedV:
     ) -> Tensor:
         """As :func:`aligned_v_loss_backward` returns it."""
         along = (self.unit_difference * self.unit).sum(1, keepdim=True) * self.free
-        direction = (self.unit_difference - along * self.unit) * (self.scale / self.floored_prediction)
+        scale = 1.0 if self.scale is None else self.scale
+        direction = (self.unit_difference - along * self.unit) * (scale / self.floored_prediction)
         direction = direction * (_column(direction_weight, direction) * self.active.unsqueeze(1))
         factor = grad_loss.to(self.dtype) / max(direction.shape[0], 1)
         if weight is not None:
@@ -157,32 +159,47 @@ class AlignedV:
 
     @functools.cached_property
     def mse(self) -> Tensor:
-        return self.error.square().sum(1) / max(self.size, 1)
+        mse: Tensor = self.error.square().sum(1) / max(self.size, 1)
+        return mse
 
     @functools.cached_property
     def one_minus_cosine(self) -> Tensor:
-        return self.unit_difference.square().sum(1) / 2
+        missing: Tensor = self.unit_difference.square().sum(1) / 2
+        return missing
 
     @functools.cached_property
     def magnitude(self) -> Tensor:
-        common = torch.minimum(self.scale, self.target_scale)
-        by, target_by = common / self.scale, common / self.target_scale
+        common = by = target_by = None  # one scale for both
+        if self.scale is not None and self.target_scale is not None:
+            common = torch.minimum(self.scale, self.target_scale)
+            by, target_by = common / self.scale, common / self.target_scale
         # |v^| - |v| from the difference of the vectors, which stays accurate where the two are close.
-        rows, target_rows = self.prediction * by, self.velocity * target_by
-        total = (self.prediction_norm * by + self.target_norm * target_by).squeeze(1)
+        rows, target_rows = _scaled(self.prediction, by), _scaled(self.velocity, target_by)
+        total = (_scaled(self.prediction_norm, by) + _scaled(self.target_norm, target_by)).squeeze(1)
         gap = ((rows - target_rows) * (rows + target_rows)).sum(1)
         gap = gap / torch.where(total > 0, total, 1.0)
-        return (gap / common.squeeze(1)).square() / max(self.size, 1)
+        gap = gap if common is None else gap / common.squeeze(1)
+        magnitude: Tensor = gap.square() / max(self.size, 1)
+        return magnitude
 
 
-def _shrink(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(a scale [B, 1], 1 except for rows with huge elements; the largest absolute value [B])."""
-    if not rows.shape[1]:
-        return rows.new_ones(rows.shape[0], 1), rows.new_zeros(rows.shape[0])
-    peak = torch.linalg.vector_norm(rows.detach(), math.inf, dim=1)
-    limit, shrink = (2.0**40, 2.0**-88) if rows.dtype is torch.float32 else (2.0**400, 2.0**-624)
+def _shrink(prediction: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(the scale [B, 1] of each, 1 except for rows with huge elements, or None for both where it is known that there
+    are none; the target's largest absolute value [B])."""
+    if not target.shape[1]:
+        return None, None, target.new_zeros(target.shape[0])
+    peak, target_peak = (torch.linalg.vector_norm(rows.detach(), math.inf, dim=1) for rows in (prediction, target))
+    limit, shrink = (2.0**40, 2.0**-88) if target.dtype is torch.float32 else (2.0**400, 2.0**-624)
+    # On a GPU nobody asks: that would wait for it. A tensor that is traced has no values to ask for.
+    if dispatch.eager_on_cpu(target, prediction) and bool((torch.maximum(peak, target_peak) < limit).all()):
+        return None, None, target_peak
     # Of two numbers `where` would make fp32, in which fp64's factor is 0.
-    return torch.where(peak < limit, torch.ones_like(peak), shrink).unsqueeze(1), peak
+    one, other = (torch.where(one < limit, torch.ones_like(one), shrink).unsqueeze(1) for one in (peak, target_peak))
+    return one, other, target_peak
+
+
+def _scaled(value: Any, scale: Tensor | None) -> Any:
+    return value if scale is None else value * scale
 
 
 def guided_step(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reflow_kernels import reference
+from reflow_kernels import dispatch, reference
 
 SHAPE = (3, 2, 5)
 
@@ -99,8 +99,25 @@ def test_squares_of_huge_numbers_do_not_overflow(dtype, large):
     for left, right in ((large, large), (large, 1.0), (1.0, large)):
         said = reference.aligned_v_loss(left * output, right * target, direction_weight=1.0)
         torch.testing.assert_close(said.cosine.double(), want, rtol=0, atol=1e-5)
-    scales = [reference._shrink(torch.tensor([[value]], dtype=dtype))[0].item() for value in (1.0, 2.0**39, large)]
-    assert scales[:2] == [1.0, 1.0] and 0 < scales[2] < 1 and math.log2(scales[2]).is_integer()
+    values = torch.tensor([[1.0], [2.0**39], [large]], dtype=dtype)
+    for scales in (reference._shrink(values, values)[0], reference._shrink(values.new_ones(3, 1), values)[1]):
+        assert scales[:2].tolist() == [[1.0], [1.0]] and 0 < scales[2] < 1 and math.log2(scales[2]).is_integer()
+
+
+@pytest.mark.parametrize("dtype, large", [(torch.float32, 1e25), (torch.float64, 1e170)])
+@pytest.mark.parametrize("parts", [{}, {"sample": 0.5, "sample_coef": 0.3, "output_coef": -1.5}, {"weight": 0.7}])
+def test_rows_that_are_known_to_be_small_are_not_scaled_and_give_the_same_bits(monkeypatch, dtype, large, parts):
+    output, target = (value.to(dtype) for value in drawn(2))
+    given = {name: value * output if name == "sample" else value for name, value in parts.items()} | {"direction_weight": 0.3}
+    one = torch.tensor(0.7, dtype=dtype)
+    for rows, goal in ((output, target), (large * output, target), (output, 0.0 * target), (output * float("nan"), target)):
+        said = []
+        for asked in (True, False):
+            monkeypatch.setattr(dispatch, "eager_on_cpu", lambda *_, asked=asked: asked)
+            result = reference.aligned_v_loss(rows, goal, **given)
+            said.append([*result, reference.aligned_v_loss_backward(one, rows, goal, **given)])
+        for quick, whole in zip(*said, strict=True):
+            assert torch.equal(quick, whole) or (quick.isnan() == whole.isnan()).all() and torch.equal(quick.nan_to_num(), whole.nan_to_num())
 
 
 @pytest.mark.parametrize("guidance, scale, dtype", itertools.product([None, 0.0, 1.0, 2.5, torch.tensor([0.5, 1.0, 7.0])],
