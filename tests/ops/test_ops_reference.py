@@ -104,6 +104,16 @@ def test_squares_of_huge_numbers_do_not_overflow(dtype, large):
         assert scales[:2].tolist() == [[1.0], [1.0]] and 0 < scales[2] < 1 and math.log2(scales[2]).is_integer()
 
 
+def test_the_gradient_of_rows_that_are_scaled_is_that_of_twice_the_precision():
+    """A weight at which the direction's part of the gradient is as large as the rest; twice the precision scales no row of this size."""
+    output, target = (2.0**41 * value.float() for value in drawn(2))
+    given = {"direction_weight": 1e25}
+    found, want = (reference.aligned_v_loss_backward(torch.tensor(1.0), a, b, **given) for a, b in ((output, target), (output.double(), target.double())))
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=float(1e-5 * want.abs().max()))
+    rest = reference.aligned_v_loss_backward(torch.tensor(1.0), output.double(), target.double(), direction_weight=0.0)
+    assert (want - rest).norm() > 0.3 * want.norm()
+
+
 @pytest.mark.parametrize("dtype, large", [(torch.float32, 1e25), (torch.float64, 1e170)])
 @pytest.mark.parametrize("parts", [{}, {"sample": 0.5, "sample_coef": 0.3, "output_coef": -1.5}, {"weight": 0.7}])
 def test_rows_that_are_known_to_be_small_are_not_scaled_and_give_the_same_bits(monkeypatch, dtype, large, parts):
