@@ -43,6 +43,22 @@ class Rows(NamedTuple):
     radial: Tensor  # d(r^2)/dt / 2 at the window's start, and its growth over the window
     radial_growth: Tensor
 
+    def time(self, tau: Tensor) -> Tensor:
+        """t = t_start + tau dt, [B], for tau in [0, 1]."""
+        return torch.lerp(self.t_start, self.t_end, tau.to(self.t_start.dtype))
+
+    def tau(self, t: Tensor) -> Tensor:
+        """Place inside the window, [B]: 0 at t_start (noisy), 1 at t_end (clean)."""
+        return (t.to(self.t_start.dtype) - self.t_start) / self.dt
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        """The chord's alpha at places inside the window, [B]."""
+        return torch.lerp(self.alpha_start, self.alpha_end, tau)
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        """The chord's sigma at places inside the window, [B]."""
+        return torch.lerp(self.sigma_start, self.sigma_end, tau)
+
 
 class ChordTable:
     """Constants of K windows on a schedule and the student's reading of its output in them.
@@ -124,18 +140,18 @@ class ChordTable:
         return Rows(*self._columns[:, window].unbind(0))
 
     def time(self, window: Tensor, tau: Tensor) -> Tensor:
-        """t = t_start + tau dt, [B], for tau in [0, 1]."""
-        return torch.lerp(self.t_start[window], self.t_end[window], tau.to(self.dtype))
+        """t at places tau [B] in window numbers `window` [B]: see :meth:`Rows.time`."""
+        return self.rows(window).time(tau)
 
     def tau(self, window: Tensor, t: Tensor) -> Tensor:
-        """Place inside the window, [B]: 0 at t_start (noisy), 1 at t_end (clean)."""
-        return (t.to(self.dtype) - self.t_start[window]) / self.dt[window]
+        """Places of times t [B] in window numbers `window` [B]: see :meth:`Rows.tau`."""
+        return self.rows(window).tau(t)
 
     def alpha_sigma(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Chord-linear (alpha, sigma) at times t in window numbers `window`, both [B]."""
-        tau = self.tau(window, t)
-        alpha = torch.lerp(self.alpha_start[window], self.alpha_end[window], tau)
-        return alpha, torch.lerp(self.sigma_start[window], self.sigma_end[window], tau)
+        at = self.rows(window)
+        tau = at.tau(t)
+        return at.alpha(tau), at.sigma(tau)
 
     def velocity_coefficients(self, window: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(sample_coef, output_coef), both [B]: velocity^ = sample_coef * z_t + output_coef * output. "velocity":
@@ -144,10 +160,10 @@ class ChordTable:
             zero = torch.zeros_like(self.dt[window])
             return zero, torch.ones_like(zero)
         at = self.rows(window)
-        tau = (t.to(self.dtype) - at.t_start) / at.dt
-        alpha = torch.lerp(at.alpha_start, at.alpha_end, tau)
+        tau = at.tau(t)
+        alpha = at.alpha(tau)
         if self.prediction_type == "ddim_v":
-            sigma = torch.lerp(at.sigma_start, at.sigma_end, tau)
+            sigma = at.sigma(tau)
             r2 = alpha * alpha + sigma * sigma
             return (at.radial + tau * at.radial_growth) / r2, at.cross_rate / torch.sqrt(r2)
         return at.alpha_rate / alpha, at.eps_rate / alpha
@@ -170,8 +186,8 @@ class ChordTable:
         diff_eps counts its own, rescaled noise; every other type counts the noise eps^ that its velocity implies at
         z_t. Finite for all of them: 0 where the chord's alpha is 0.
         """
-        alpha, _ = self.alpha_sigma(window, t)
-        return (alpha / self.rows(window).eps_rate) ** 2
+        at = self.rows(window)
+        return (at.alpha(at.tau(t)) / at.eps_rate) ** 2
 
     def add_noise(self, x0: Tensor, noise: Tensor, window: Tensor, t: Tensor) -> Tensor:
         """alpha x0 + sigma noise on the chord, [B, ...] in the table's dtype; window and t are [B]."""

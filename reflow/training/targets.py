@@ -28,10 +28,10 @@ def times(draws: torch.Tensor, window: torch.Tensor, table: ChordTable, settings
     tau = objective.sample_tau(draws, settings.time_density, share=settings.time_share, upper=settings.time_upper,
                                sharpness=settings.time_sharpness)
     at = table.rows(window)
-    t = torch.lerp(at.t_start, at.t_end, tau.to(table.dtype))
+    t = at.time(tau)
     if settings.time_grid:
         t = snap(t, settings.time_grid, at.t_start, at.t_end)
-        tau = ((t - at.t_start) / at.dt).clamp(0.0, 1.0)
+        tau = at.tau(t).clamp(0.0, 1.0)
     return t, tau
 
 
