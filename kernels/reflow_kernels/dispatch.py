@@ -124,9 +124,9 @@ def override() -> object:
 
 def _asked(backend: str) -> tuple[str, str]:
     """The backend somebody asked for, and who asked."""
-    override = os.environ.get(ENVIRONMENT, "")
-    if override:
-        return _checked(override, ENVIRONMENT), ENVIRONMENT
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if wanted:
+        return _checked(wanted, ENVIRONMENT), ENVIRONMENT
     if _checked(backend, "backend") != "auto":
         return backend, "the backend argument"
     return _settings[0], "reflow_kernels.configure"
